@@ -1,0 +1,1 @@
+"""meetjax: parameter-efficient alignment of language models in JAX."""

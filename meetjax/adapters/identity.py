@@ -1,0 +1,33 @@
+"""Making CLM's identity block: a copy of block 0 that does nothing yet."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from meetjax.adapters.tree import Identity
+from meetjax.errors import MeetjaxError
+from meetjax.models import sites
+from meetjax.models.config import ModelConfig
+from meetjax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class IdentitySpec:
+    """`blocks` copies in front of block 0; one is the paper's setting (Zhu et al. 2025, arXiv 2503.04346, sec. 4.1)."""
+
+    blocks: int = 1
+
+
+def init_identity(config: ModelConfig, params: Params, spec: IdentitySpec) -> Identity:
+    """Leaves [blocks, 1, ...] float32 copied from block 0, with W_o = W_down = 0, so that phi(h) = h exactly."""
+    if spec.blocks < 1:
+        raise MeetjaxError("identity: blocks", expected=">= 1", found=spec.blocks)
+    block = {}
+    for name in sites.block_sites(config):
+        leaf = params["blocks"][name][0].astype(jnp.float32)
+        if name in ("o", "down"):
+            leaf = jnp.zeros_like(leaf)
+        block[name] = jnp.broadcast_to(leaf, (spec.blocks, 1, *leaf.shape)).copy()
+    return Identity(block)

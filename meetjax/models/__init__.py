@@ -1,0 +1,1 @@
+"""Model definitions: pure functions of (config, params, tokens, adapters, gates)."""

@@ -1,0 +1,182 @@
+"""Who attends to whom: positions, masks, soft-prompt gates and the cache, computed once for all layers.
+
+Soft-prompt columns stand first in the array whatever their place in the text. In meaning the prompt follows a leading BOS
+token (BOS keeps position 0, where models park attention) and precedes everything else, so a row's text moves by the length
+of the longest prompt that is on for that row: with gate 0 the row is the base model's, positions included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from meetjax.errors import MeetjaxError
+from meetjax.models.config import ModelConfig
+from meetjax.models.layers import rope_angles, rotate
+from meetjax.types import Array
+
+MASKED = -1e30
+"""Added to a forbidden score: its softmax weight is exactly 0, and a row with nothing to attend to stays finite."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What attention in every layer needs.
+
+    angles: rotary (cos, sin) of the queries; bias: float32[B, 1, T, S] or None for plain causal; window_bias: the same for
+    layers with a sliding window (None: no such layers, or the window covers everything); slot: int32[], where the keys of
+    this call go in the cache, or None when the queries attend to their own keys.
+    """
+
+    angles: tuple[Array, Array]
+    bias: Float[Array, "B 1 T S"] | None
+    window_bias: Float[Array, "B 1 T S"] | None
+    slot: Int[Array, ""] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The text of a batch, as attention sees it.
+
+    index: int32[B, T], place of each query token in its text, negative for left padding; keys: int32[B, S], the same for
+    the keys; bos: int32[B], 1 when the text begins with BOS; segments: int32[B, T], tokens attend within their segment only
+    (packing), or None; causal (static): one right-padded text a row, so that the plain causal mask is the whole mask.
+    """
+
+    index: Int[Array, "B T"]
+    keys: Int[Array, "B S"]
+    bos: Int[Array, " B"]
+    segments: Int[Array, "B T"] | None = None
+    causal: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+def text_rows(config: ModelConfig, tokens: Int[Array, "B T"], pad: Int[Array, " B"] | None = None) -> Rows:
+    """Rows of right-padded text (pad None) or of text behind `pad` tokens of left padding."""
+    rows, length = tokens.shape
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
+    first = tokens[:, 0]
+    if pad is not None:
+        index = index - pad[:, None]
+        first = jnp.take_along_axis(tokens, pad[:, None], axis=1)[:, 0]
+    bos = jnp.zeros(rows, jnp.int32) if config.bos_token_id is None else (first == config.bos_token_id).astype(jnp.int32)
+    return Rows(index, index, bos, causal=pad is None)
+
+
+def packed_rows(segments: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Rows:
+    """Rows that hold several texts: tokens of one segment attend to each other, `positions` count within the segment."""
+    return Rows(positions, positions, jnp.zeros(segments.shape[0], jnp.int32), segments)
+
+
+def _text_to_text(rows: Rows) -> Array:
+    """float32[B, T, S]: causal, within the segment, never to padding; a padding query sees itself, so no row is empty."""
+    query, key = rows.index[:, :, None], rows.keys[:, None, :]
+    allowed = (key <= query) & ((key >= 0) | (key == query))
+    if rows.segments is not None:
+        allowed &= rows.segments[:, :, None] == rows.segments[:, None, :]
+    return jnp.where(allowed, 0.0, MASKED)
+
+
+def _text_to_prompt(columns: Float[Array, "B C"], rows: Rows) -> Float[Array, "B T C"]:
+    """Bias of text queries on prompt columns: all text but a leading BOS and padding sees them."""
+    sees = (rows.index >= rows.bos[:, None])[:, :, None]
+    return jnp.where(sees, columns[:, None], MASKED)
+
+
+def _prompt_columns(prompt: Any, gates: Float[Array, "B E"] | None, rows: Rows) -> tuple[Array, Array, Array]:
+    """Bias [B, E*P] of each column (log gate, MASKED where off), its position [B, E*P], and the shift [B] of the row's text."""
+    batch = rows.index.shape[0]
+    present = jnp.any(prompt.vectors != 0, axis=-1)
+    entries, width = present.shape
+    gates = jnp.broadcast_to(jnp.ones((1, entries)) if gates is None else gates, (batch, entries))
+    on = gates > 0
+    log_gate = jnp.where(on, jnp.log(jnp.where(on, gates, 1.0)), MASKED)
+    bias = jnp.where(present[None], log_gate[:, :, None], MASKED).reshape(batch, entries * width)
+    shift = jnp.max(jnp.where(on, jnp.sum(present, axis=1, dtype=jnp.int32)[None], 0), axis=1)
+    place = jnp.tile(jnp.arange(width, dtype=jnp.int32), entries)
+    return bias, rows.bos[:, None] + place[None], shift
+
+
+def _moved(index: Int[Array, "B T"], bos: Int[Array, " B"], shift: Int[Array, " B"]) -> Int[Array, "B T"]:
+    """Positions of text behind a prompt of `shift` tokens; a leading BOS stays."""
+    return index + jnp.where(index >= bos[:, None], shift[:, None], 0)
+
+
+def _layout(config: ModelConfig, bias: Array, query: Array, key: Array, slot: Array | None = None) -> Layout:
+    """Adds the rotary angles and, for models that have one, the mask of the sliding window."""
+    window_bias = None
+    if config.sliding_window is not None:
+        far = query[:, :, None] - key[:, None, :] >= config.sliding_window
+        window_bias = jnp.where(far, MASKED, bias)[:, None]
+    return Layout(rope_angles(config, query), bias[:, None], window_bias, slot)
+
+
+def make_layout(config: ModelConfig, rows: Rows, prompt: Any = None, gates: Float[Array, "B E"] | None = None) -> Layout:
+    """Layout of whole sequences, [soft prompts | text] against the same keys.
+
+    prompt: the bank's `prompt` or None; gates: its per-row gates, None for 1. Mixing adds log g to the scores of text rows on
+    prompt columns, so g = 0 masks them exactly. The bias costs 4 B T S bytes; plain causal text has none.
+    """
+    if prompt is None:
+        window = config.sliding_window
+        if rows.causal and (window is None or window >= rows.index.shape[1]):
+            return Layout(rope_angles(config, rows.index), None, None)
+        return _layout(config, _text_to_text(rows), rows.index, rows.keys)
+    if rows.segments is not None:
+        raise MeetjaxError("soft prompts on packed rows", fix="give each row one text")
+    columns, places, shift = _prompt_columns(prompt, gates, rows)
+    owner = jnp.repeat(jnp.arange(prompt.vectors.shape[0]), prompt.vectors.shape[1])
+    within = (owner[:, None] == owner[None]) & (places[:, None, :] <= places[:, :, None])
+    to_bos = (rows.keys >= 0) & (rows.keys < rows.bos[:, None])
+    to_bos = jnp.broadcast_to(to_bos[:, None], (*places.shape, rows.keys.shape[1]))
+    bias = jnp.concatenate(
+        [
+            jnp.concatenate([jnp.where(within, 0.0, MASKED), jnp.where(to_bos, 0.0, MASKED)], axis=2),
+            jnp.concatenate([_text_to_prompt(columns, rows), _text_to_text(rows)], axis=2),
+        ],
+        axis=1,
+    )
+    positions = jnp.concatenate([places, _moved(rows.index, rows.bos, shift)], axis=1)
+    return _layout(config, bias, positions, positions)
+
+
+def make_step_layout(
+    config: ModelConfig, rows: Rows, slot: Int[Array, ""], prompt: Any = None, gates: Float[Array, "B E"] | None = None
+) -> Layout:
+    """Layout of one new text token a row against a cache of [soft prompts | text slots]; `rows.keys` indexes all text slots."""
+    bias = _text_to_text(rows)
+    if prompt is None:
+        return _layout(config, bias, rows.index, rows.keys, slot)
+    columns, places, shift = _prompt_columns(prompt, gates, rows)
+    bias = jnp.concatenate([_text_to_prompt(columns, rows), bias], axis=2)
+    keys = jnp.concatenate([places, _moved(rows.keys, rows.bos, shift)], axis=1)
+    return _layout(config, bias, _moved(rows.index, rows.bos, shift), keys, slot + places.shape[1])
+
+
+def attention(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], bias: Array | None) -> Array:
+    """softmax(q k / sqrt(H) + bias) v, grouped heads; bias None is plain causal."""
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=bias is None)
+
+
+def make_attend(layout: Layout, windowed: bool | Array = True, cache: tuple[Array, Array] | None = None):
+    """The `attend` of `layers.block` for one layer; it returns (output, (keys, values)).
+
+    windowed: whether this layer uses the sliding window; a traced bool inside a scan. cache: (keys, values) [B, S, K, H]: the
+    new keys are written at `layout.slot` and the queries attend to all of it. Without it they attend to their own keys.
+    """
+    bias = layout.bias
+    if layout.window_bias is not None:
+        bias = jnp.where(windowed, layout.window_bias, layout.bias)
+
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+        q, k = rotate(q, layout.angles), rotate(k, layout.angles)
+        if cache is not None:
+            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, layout.slot, axis=1) for old, new in zip(cache, (k, v), strict=True))
+        return attention(q, k, v, bias), (k, v)
+
+    return attend

@@ -1,0 +1,218 @@
+"""The decoder: one definition for training (blocks stacked and scanned) and for decoding (blocks apart, each with its cache).
+
+The rest of the library sees `init_params`, `unstack`, `apply`, `hidden_states`, `prefill` and `decode_step`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from meetjax.models import layers, sites
+from meetjax.models.attention import Rows, make_attend, make_layout, make_step_layout, packed_rows, text_rows
+from meetjax.models.config import ModelConfig
+from meetjax.models.streams import block_gates, fan_out, kind_gates, make_streams, mix, repeat
+from meetjax.types import Array, Params
+
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+def _initializer(site: sites.Site) -> Callable:
+    if site.bias_of:
+        return nn.initializers.zeros
+    return nn.initializers.normal(0.02) if len(site.axes) == 2 else nn.initializers.ones
+
+
+class Block(nn.Module):
+    """One decoder block; the arithmetic is `layers.block`.
+
+    layer: what differs from layer to layer (`lora`, `edit`, `windowed`, `cache`); shared: (layout, gates), alike for all.
+    """
+
+    config: ModelConfig
+    keep: bool = False
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "B T D"], layer: dict[str, Any], shared: tuple) -> tuple[Array, Any]:
+        table = sites.block_sites(self.config)
+        params = {name: self.param(name, _initializer(site), sites.shape(self.config, site)) for name, site in table.items()}
+        layout, gates = shared
+        attend = make_attend(layout, layer["windowed"], layer["cache"])
+        h, cache = layers.block(self.config, params, layers.pin(h), layer["lora"], layer["edit"], gates, attend)
+        return layers.pin(h), cache if self.keep else None
+
+
+class Decoder(nn.Module):
+    """Embedding, `enter` (soft prompts, identity blocks, streams), blocks, final norm.
+
+    Returns normed hidden states [B*S, P+T, D] and, with `keep`, the keys and values of every layer.
+    """
+
+    config: ModelConfig
+    stacked: bool = True
+    keep: bool = False
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B T"], enter: Callable, bank: Any, caches: Any = None) -> tuple[Array, list]:
+        config = self.config
+        table = sites.top_sites(config)
+        top = {name: self.param(name, _initializer(site), sites.shape(config, site)) for name, site in table.items()}
+        h, shared = enter(layers.pin(top["embed"][tokens].astype(config.dtype)))
+        windowed = [config.window_layers is None or i in config.window_layers for i in range(config.layers)]
+        lora, edit = getattr(bank, "lora", None), getattr(bank, "edit", None)
+        kept = []
+        if self.stacked:
+            body = Block if config.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+            scan = nn.scan(
+                body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=config.layers
+            )
+            layer = {"windowed": jnp.asarray(windowed), "lora": lora, "edit": edit, "cache": None}
+            h, _ = scan(config, name="blocks")(h, layer, shared)
+        else:
+            for i in range(config.layers):
+                own = jax.tree.map(lambda leaf, i=i: leaf[i], {"lora": lora, "edit": edit})
+                layer = own | {"windowed": windowed[i], "cache": None if caches is None else caches[i]}
+                h, cache = Block(config, self.keep, name=f"block_{i}")(h, layer, shared)
+                kept.append(cache)
+        return layers.rms_norm(h, top["norm"], config.norm_eps), kept
+
+
+def init_params(config: ModelConfig, key: Array) -> Params:
+    """Random float32 parameters with stacked blocks: the tree of `sites.shapes`."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    layout = make_layout(config, text_rows(config, tokens))
+    plain = dataclasses.replace(config, remat="none")
+    return Decoder(plain).init(key, tokens, lambda h: (h, (layout, layers.Gates(None, None))), None)["params"]
+
+
+def unstack(params: Params) -> Params:
+    """The same parameters with one subtree a layer, for decoding (slicing a stack inside the loop costs twice the time)."""
+    blocks = params["blocks"]
+    count = jax.tree.leaves(blocks)[0].shape[0]
+    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
+    return rest | {f"block_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(count)}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values [B*S, P + capacity, K, H] of every layer and, per identity block, [B, P + capacity, K, H].
+
+    slot: int32[], text slots filled; pad: int32[B], left padding; bos: int32[B], whether the text begins with BOS.
+    """
+
+    blocks: list[tuple[Array, Array]]
+    identity: dict[str, tuple[Array, Array]]
+    slot: Int[Array, ""]
+    pad: Int[Array, " B"]
+    bos: Int[Array, " B"]
+
+
+def _forward(
+    config: ModelConfig, params: Params, tokens: Array, rows: Rows, bank: Any, gates: Array | None, dial: Array | None,
+    cache: Cache | None = None, keep: bool = False,
+) -> tuple[Array, list, dict[str, tuple[Array, Array]]]:
+    """Normed hidden states of the text [B, T, D], streams mixed, and (with keep) all keys and values."""
+    streams = make_streams(bank, gates, dial, tokens.shape[0])
+    identity_kept: dict[str, tuple[Array, Array]] = {}
+    prompt = getattr(bank, "prompt", None)
+    prompt_length = 0 if prompt is None or cache is not None else prompt.vectors.shape[0] * prompt.vectors.shape[1]
+
+    def shared(of_rows: Rows, of_gates: Array | None):
+        prompt_gates = kind_gates(bank, "prompt", of_gates)
+        if cache is None:
+            layout = make_layout(config, of_rows, prompt, prompt_gates)
+        else:
+            layout = make_step_layout(config, of_rows, cache.slot, prompt, prompt_gates)
+        return layout, block_gates(bank, of_gates)
+
+    def enter(h: Array):
+        if prompt_length:
+            vectors = prompt.vectors.astype(h.dtype).reshape(1, prompt_length, -1)
+            h = layers.pin(jnp.concatenate([jnp.broadcast_to(vectors, (h.shape[0], *vectors.shape[1:])), h], axis=1))
+        entered: dict[int | None, Array] = {None: h}
+        if bank is not None and bank.identity is not None:
+            layout, _ = shared(rows, gates)
+            for entry in range(len(bank.identity.entries)):
+                x = h
+                for n in range(bank.identity.block["q"].shape[0]):
+                    own = {name: leaf[n, entry] for name, leaf in bank.identity.block.items()}
+                    name = f"{entry}.{n}"
+                    attend = make_attend(layout, True, None if cache is None else cache.identity[name])
+                    x, pair = layers.block(config, own, x, None, None, layers.Gates(None, None), attend)
+                    if keep:
+                        identity_kept[name] = pair
+                entered[entry] = layers.pin(x)
+        stream_rows = jax.tree.map(lambda leaf: repeat(leaf, streams), rows)
+        return layers.pin(fan_out(entered, streams)), shared(stream_rows, streams.gates)
+
+    decoder = Decoder(config, stacked="blocks" in params, keep=keep)
+    caches = None if cache is None else cache.blocks
+    h, kept = decoder.apply({"params": params}, tokens, enter, bank, caches)
+    return mix(h[:, prompt_length:], streams), kept, identity_kept
+
+
+def hidden_states(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    adapters: Any = None,
+    gates: Float[Array, "B A"] | None = None,
+    *,
+    dial: Float[Array, " B"] | None = None,
+    pad: Int[Array, " B"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T D"]:
+    """Normed hidden states, the head's input; arguments as in `apply`."""
+    rows = text_rows(config, tokens, pad) if segments is None else packed_rows(segments, positions)
+    return _forward(config, params, tokens, rows, adapters, gates, dial)[0]
+
+
+def apply(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    adapters: Any = None,
+    gates: Float[Array, "B A"] | None = None,
+    **options: Any,
+) -> Float[Array, "B T V"]:
+    """float32 logits of every position under the base `params` and a bank of `adapters`, row b's share of entry a being gates[b, a].
+
+    adapters None is the base model, bit for bit; gates None means 1 everywhere. Text is padded on the right (no mask needed),
+    or on the left with `pad` tokens a row, or packed (`segments`, `positions`). `dial` [B] is the logit dial
+    z = d z_adapted + (1 - d) z_base of decoding-time realignment (Liu et al. 2024, arXiv 2402.02992).
+    """
+    return layers.logits(params, hidden_states(config, params, tokens, adapters, gates, **options))
+
+
+def prefill(
+    config: ModelConfig, params: Params, tokens: Int[Array, "B T"], pad: Int[Array, " B"], capacity: int,
+    adapters: Any = None, gates: Array | None = None, dial: Array | None = None,
+) -> tuple[Float[Array, "B D"], Cache]:
+    """Runs left-padded prompts (unstacked params): the last hidden state and a cache with room for `capacity` text tokens."""
+    rows = text_rows(config, tokens, pad)
+    h, blocks, identity = _forward(config, params, tokens, rows, adapters, gates, dial, keep=True)
+    room = capacity - tokens.shape[1]
+    blocks, identity = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))), (blocks, identity))
+    return h[:, -1], Cache(blocks, identity, jnp.int32(tokens.shape[1]), pad, rows.bos)
+
+
+def decode_step(
+    config: ModelConfig, params: Params, tokens: Int[Array, " B"], cache: Cache,
+    adapters: Any = None, gates: Array | None = None, dial: Array | None = None,
+) -> tuple[Float[Array, "B D"], Cache]:
+    """Runs one more token a row against the cache: its hidden state and the cache with it."""
+    prompt = getattr(adapters, "prompt", None)
+    prompt_length = 0 if prompt is None else prompt.vectors.shape[0] * prompt.vectors.shape[1]
+    capacity = cache.blocks[0][0].shape[1] - prompt_length
+    keys = jnp.arange(capacity, dtype=jnp.int32)[None] - cache.pad[:, None]
+    rows = Rows((cache.slot - cache.pad)[:, None], keys, cache.bos)
+    h, blocks, identity = _forward(config, params, tokens[:, None], rows, adapters, gates, dial, cache, keep=True)
+    return h[:, 0], dataclasses.replace(cache, blocks=blocks, identity=identity, slot=cache.slot + 1)

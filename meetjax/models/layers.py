@@ -1,0 +1,147 @@
+"""The arithmetic of a decoder: plain functions on arrays, and the only code that reads adapter leaves.
+
+Order inside a block, with every adapter site:
+
+    x = norm(h);  q, k, v = edit(x W + b + lora(x));  rope;  attention;  h += edit(attn W_o + lora(attn))
+    x = norm(h);  h += edit(silu(x W_gate + lora(x)) * (x W_up + lora(x))) W_down + lora)
+
+One primitive a kind: `lora_delta`, `edit_output`; soft prompts act in `attention.py`, the identity block is a call of `block`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Float, Int
+
+from meetjax.models.config import ModelConfig
+from meetjax.types import BATCH_AXES, Array
+
+
+class Gates(NamedTuple):
+    """Per-row gates of the two kinds that act inside a block; a leading axis of 1 means all rows alike."""
+
+    lora: Float[Array, "B E"] | None
+    edit: Float[Array, "B E"] | None
+
+
+def pin(h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Keeps the residual stream split over the batch and whole elsewhere.
+
+    Left alone, the partitioner splits the width to match sharded weights and replicates the batch: 7B steps stop fitting.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
+    if not axes or h.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return h
+    return jax.lax.with_sharding_constraint(h, PartitionSpec(axes, *[None] * (h.ndim - 1)))
+
+
+def dot(x: Float[Array, "... in"], w: Float[Array, "in out"]) -> Float[Array, "... out"]:
+    """x W in x's dtype with float32 accumulation (a bf16 product with a bf16 result is slower than float32 on CPU)."""
+    product = jax.lax.dot_general(
+        x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    return product.astype(x.dtype)
+
+
+def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
+    """x / rms(x) * weight, the mean square in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " H/2"]:
+    """Rotary frequencies in radians a token, stretched as `rope_scaling` says (Su et al. 2021, arXiv 2104.09864)."""
+    half = np.arange(0, config.head_width, 2, dtype=np.float32) / np.float32(config.head_width)
+    frequency = (1.0 / np.float32(config.rope_theta) ** half).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling.kind == "linear":
+        return frequency / np.float32(scaling.factor)
+    if scaling.kind == "llama3":
+        # Wavelengths beyond the low bound are stretched by `factor`, short ones kept, those between are blended.
+        turns = scaling.original_max_position * frequency / (2 * math.pi)
+        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        blend = np.clip(blend, 0.0, 1.0)
+        return ((1 - blend) * frequency / scaling.factor + blend * frequency).astype(np.float32)
+    return frequency
+
+
+def rope_angles(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]]:
+    """(cos, sin) of the rotary angles at `positions`, float32."""
+    angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(config))[None, None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B T N H"], angles: tuple[Array, Array]) -> Float[Array, "B T N H"]:
+    """Applies rotary positions to the halves of each head, as the Hugging Face checkpoints expect."""
+    cos, sin = (angle.astype(x.dtype) for angle in angles)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def lora_delta(
+    x: Float[Array, "B T in"], a: Float[Array, "E in R"], b: Float[Array, "E R out"], gates: Float[Array, "B E"]
+) -> Float[Array, "B T out"]:
+    """sum_e g_e (x a_e) b_e: exact mixing by rank concatenation, the gate on the middle activation.
+
+    gates already carry alpha / rank. Interpolating a and b instead would add cross terms, so no function offers it.
+    """
+    entries, _, rank = a.shape
+    middle = dot(x, jnp.moveaxis(a, 0, 1).reshape(a.shape[1], entries * rank))
+    middle = middle * jnp.repeat(gates, rank, axis=1)[:, None].astype(x.dtype)
+    return dot(middle, b.reshape(entries * rank, b.shape[2]))
+
+
+def edit_output(
+    y: Float[Array, "B T out"], s: Float[Array, "E out"], t: Float[Array, "E out"], gates: Float[Array, "B E"]
+) -> Float[Array, "B T out"]:
+    """y (1 + sum_e g_e s_e) + sum_e g_e t_e, RED's h2 = l_scaling * h1 + l_bias (Wu et al. 2024, arXiv 2402.15179, sec. 3)."""
+    scale, bias = (jnp.einsum("be,eo->bo", gates, v)[:, None] for v in (s, t))
+    return (y.astype(jnp.float32) * (1 + scale) + bias).astype(y.dtype)
+
+
+def linear(x: Array, params: dict, site: str, lora: Any, edit: Any, gates: Gates) -> Array:
+    """One linear site of one layer: product, bias, then lora, then edit."""
+    y = dot(x, params[site])
+    if f"{site}_bias" in params:
+        y = y + params[f"{site}_bias"].astype(y.dtype)
+    if (low_rank := getattr(lora, site, None)) is not None:
+        y = y + lora_delta(x, low_rank.a, low_rank.b, gates.lora)
+    if (vectors := getattr(edit, site, None)) is not None:
+        y = edit_output(y, vectors.s, vectors.t, gates.edit)
+    return y
+
+
+def block(config: ModelConfig, params: dict, h: Float[Array, "B T D"], lora: Any, edit: Any, gates: Gates, attend) -> tuple[Array, Any]:
+    """One decoder block: (h, what `attend` returned beside its output, i.e. the new cache).
+
+    `attend(q, k, v) -> ([B, T, N, H], extra)` rotates, reads or writes the cache, and masks.
+    """
+    rows, length, _ = h.shape
+    x = rms_norm(h, params["attn_norm"], config.norm_eps)
+    q, k, v = (
+        linear(x, params, site, lora, edit, gates).reshape(rows, length, -1, config.head_width) for site in ("q", "k", "v")
+    )
+    attended, extra = attend(q, k, v)
+    h = h + linear(attended.reshape(rows, length, -1), params, "o", lora, edit, gates)
+    x = rms_norm(h, params["mlp_norm"], config.norm_eps)
+    gated = jax.nn.silu(linear(x, params, "gate", lora, edit, gates)) * linear(x, params, "up", lora, edit, gates)
+    return h + linear(gated, params, "down", lora, edit, gates), extra
+
+
+def head_matrix(params: dict) -> Float[Array, "D V"]:
+    """The output projection: its own leaf, or the transposed embedding of a tied model."""
+    return params["head"] if "head" in params else params["embed"].T
+
+
+def logits(params: dict, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """float32 logits of normed hidden states."""
+    head = head_matrix(params).astype(hidden.dtype)
+    return jax.lax.dot_general(hidden, head, (((hidden.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
