@@ -37,7 +37,7 @@ class Prompt:
 class LoraSite:
     """One low-rank difference W + scale a b. Layers lead, so a stacked tree is a scanned input."""
 
-    a: Float[Array, "L E in R"]
+    a: Float[Array, "L E I R"]
     b: Float[Array, "L E R out"]
 
 
@@ -128,16 +128,16 @@ def check_gates(bank: Bank | None, gates: Array | None, rows: int) -> None:
         raise MeetjaxError("gates: value", expected="finite numbers", found=values.tolist())
     if bank.prompt is not None and (values[:, list(bank.prompt.entries)] < 0).any():
         raise MeetjaxError(
-            "gates: value of a soft prompt", expected=">= 0 (its logarithm biases attention)", found=float(values.min()),
+            "gates: value of a soft prompt",
+            expected=">= 0 (its logarithm biases attention)",
+            found=float(values.min()),
             fix="use the logit dial for negative strengths",
         )
 
 
 def flatten(tree: Any) -> dict[str, Array]:
     """Arrays by path, as in `lora/q/a`; the inverse needs the structure: see `unflatten`."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def unflatten(like: Any, leaves: dict[str, Array]) -> Any:

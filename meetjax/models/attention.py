@@ -131,7 +131,7 @@ def make_layout(config: ModelConfig, rows: Rows, prompt: Any = None, gates: Floa
         raise MeetjaxError("soft prompts on packed rows", fix="give each row one text")
     columns, places, shift = _prompt_columns(prompt, gates, rows)
     owner = jnp.repeat(jnp.arange(prompt.vectors.shape[0]), prompt.vectors.shape[1])
-    within = (owner[:, None] == owner[None]) & (places[:, None, :] <= places[:, :, None])
+    within = (owner[:, None] == owner[None])[None] & (places[:, None, :] <= places[:, :, None])
     to_bos = (rows.keys >= 0) & (rows.keys < rows.bos[:, None])
     to_bos = jnp.broadcast_to(to_bos[:, None], (*places.shape, rows.keys.shape[1]))
     bias = jnp.concatenate(

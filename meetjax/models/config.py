@@ -10,10 +10,10 @@ from typing import Any
 
 from meetjax.errors import MeetjaxError
 
-FAMILIES = {  # model_type -> (default sliding window allowed, q/k/v bias by default)
-    "llama": (False, False),
-    "mistral": (True, False),
-    "qwen2": (True, True),
+FAMILIES = {  # model_type -> (has a sliding window, sites with a bias)
+    "llama": (False, ()),
+    "mistral": (True, ()),
+    "qwen2": (True, ("k", "q", "v")),
 }
 ROPE_SCALINGS = ("default", "linear", "llama3")
 
@@ -34,7 +34,7 @@ class ModelConfig:
     """Shape and constants of one decoder; hashable, so it can be a static argument of `jax.jit`.
 
     Lengths are in tokens. `sliding_window` None means full causal attention; `window_layers` names the layers that use
-    the window (None: all). `remat` is `none`, `dots` or `full` and `dtype` the activation dtype (weights keep theirs).
+    the window (None: all). `biases` names the linear sites that have one. `remat` is `none`, `dots` or `full` and `dtype` the activation dtype (weights keep theirs).
     """
 
     model_type: str
@@ -50,7 +50,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = RopeScaling()
     tied_head: bool = False
-    qkv_bias: bool = False
+    biases: tuple[str, ...] = ()
     sliding_window: int | None = None
     window_layers: tuple[int, ...] | None = None
     bos_token_id: int | None = None
@@ -122,10 +122,10 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
             raise MeetjaxError(f"{where}: field {field}", expected="an integer", found=raw.get(field))
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise MeetjaxError(f"{where}: field hidden_act", expected="silu", found=raw["hidden_act"])
-    for field in ("mlp_bias", "attention_bias"):
-        if raw.get(field) and not (field == "attention_bias" and family == "qwen2"):
-            raise MeetjaxError(f"{where}: field {field}", expected="false", found=raw[field], fix="biased Llama variants are not supported")
-    windowed, bias = FAMILIES[family]
+    windowed, biases = FAMILIES[family]
+    if family == "llama":
+        biases += ("k", "o", "q", "v") if raw.get("attention_bias") else ()
+        biases += ("down", "gate", "up") if raw.get("mlp_bias") else ()
     window = raw.get("sliding_window") if windowed and (family != "qwen2" or raw.get("use_sliding_window")) else None
     layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
     window_layers = None
@@ -152,7 +152,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         tied_head=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=bias,
+        biases=tuple(sorted(biases)),
         sliding_window=window,
         window_layers=window_layers,
         bos_token_id=raw.get("bos_token_id"),

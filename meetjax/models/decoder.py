@@ -29,6 +29,10 @@ def _initializer(site: sites.Site) -> Callable:
     return nn.initializers.normal(0.02) if len(site.axes) == 2 else nn.initializers.ones
 
 
+def _windowed(config: ModelConfig, layer: int) -> bool:
+    return config.window_layers is None or layer in config.window_layers
+
+
 class Block(nn.Module):
     """One decoder block; the arithmetic is `layers.block`.
 
@@ -64,14 +68,12 @@ class Decoder(nn.Module):
         table = sites.top_sites(config)
         top = {name: self.param(name, _initializer(site), sites.shape(config, site)) for name, site in table.items()}
         h, shared = enter(layers.pin(top["embed"][tokens].astype(config.dtype)))
-        windowed = [config.window_layers is None or i in config.window_layers for i in range(config.layers)]
+        windowed = [_windowed(config, i) for i in range(config.layers)]
         lora, edit = getattr(bank, "lora", None), getattr(bank, "edit", None)
         kept = []
         if self.stacked:
             body = Block if config.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-            scan = nn.scan(
-                body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=config.layers
-            )
+            scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=config.layers)
             layer = {"windowed": jnp.asarray(windowed), "lora": lora, "edit": edit, "cache": None}
             h, _ = scan(config, name="blocks")(h, layer, shared)
         else:
@@ -115,8 +117,15 @@ class Cache:
 
 
 def _forward(
-    config: ModelConfig, params: Params, tokens: Array, rows: Rows, bank: Any, gates: Array | None, dial: Array | None,
-    cache: Cache | None = None, keep: bool = False,
+    config: ModelConfig,
+    params: Params,
+    tokens: Array,
+    rows: Rows,
+    bank: Any,
+    gates: Array | None,
+    dial: Array | None,
+    cache: Cache | None = None,
+    keep: bool = False,
 ) -> tuple[Array, list, dict[str, tuple[Array, Array]]]:
     """Normed hidden states of the text [B, T, D], streams mixed, and (with keep) all keys and values."""
     streams = make_streams(bank, gates, dial, tokens.shape[0])
@@ -139,12 +148,13 @@ def _forward(
         entered: dict[int | None, Array] = {None: h}
         if bank is not None and bank.identity is not None:
             layout, _ = shared(rows, gates)
+            windowed = _windowed(config, 0)  # a copy of block 0 sees as far as block 0
             for entry in range(len(bank.identity.entries)):
                 x = h
                 for n in range(bank.identity.block["q"].shape[0]):
                     own = {name: leaf[n, entry] for name, leaf in bank.identity.block.items()}
                     name = f"{entry}.{n}"
-                    attend = make_attend(layout, True, None if cache is None else cache.identity[name])
+                    attend = make_attend(layout, windowed, None if cache is None else cache.identity[name])
                     x, pair = layers.block(config, own, x, None, None, layers.Gates(None, None), attend)
                     if keep:
                         identity_kept[name] = pair
@@ -193,8 +203,14 @@ def apply(
 
 
 def prefill(
-    config: ModelConfig, params: Params, tokens: Int[Array, "B T"], pad: Int[Array, " B"], capacity: int,
-    adapters: Any = None, gates: Array | None = None, dial: Array | None = None,
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    pad: Int[Array, " B"],
+    capacity: int,
+    adapters: Any = None,
+    gates: Array | None = None,
+    dial: Array | None = None,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Runs left-padded prompts (unstacked params): the last hidden state and a cache with room for `capacity` text tokens."""
     rows = text_rows(config, tokens, pad)
@@ -205,8 +221,13 @@ def prefill(
 
 
 def decode_step(
-    config: ModelConfig, params: Params, tokens: Int[Array, " B"], cache: Cache,
-    adapters: Any = None, gates: Array | None = None, dial: Array | None = None,
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, " B"],
+    cache: Cache,
+    adapters: Any = None,
+    gates: Array | None = None,
+    dial: Array | None = None,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Runs one more token a row against the cache: its hidden state and the cache with it."""
     prompt = getattr(adapters, "prompt", None)

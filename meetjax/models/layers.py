@@ -44,17 +44,20 @@ def pin(h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 def dot(x: Float[Array, "... in"], w: Float[Array, "in out"]) -> Float[Array, "... out"]:
     """x W in x's dtype with float32 accumulation (a bf16 product with a bf16 result is slower than float32 on CPU)."""
-    product = jax.lax.dot_general(
-        x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    product = jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     return product.astype(x.dtype)
+
+
+def along_last(vector: Float[Array, " D"], x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """`vector` in x's dtype and rank, so that broadcasting along the last axis is said and not guessed."""
+    return jnp.expand_dims(vector.astype(x.dtype), tuple(range(x.ndim - 1)))
 
 
 def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
     """x / rms(x) * weight, the mean square in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return wide.astype(x.dtype) * weight.astype(x.dtype)
+    return wide.astype(x.dtype) * along_last(weight, x)
 
 
 def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " H/2"]:
@@ -87,7 +90,7 @@ def rotate(x: Float[Array, "B T N H"], angles: tuple[Array, Array]) -> Float[Arr
 
 
 def lora_delta(
-    x: Float[Array, "B T in"], a: Float[Array, "E in R"], b: Float[Array, "E R out"], gates: Float[Array, "B E"]
+    x: Float[Array, "B T I"], a: Float[Array, "E I R"], b: Float[Array, "E R out"], gates: Float[Array, "B E"]
 ) -> Float[Array, "B T out"]:
     """sum_e g_e (x a_e) b_e: exact mixing by rank concatenation, the gate on the middle activation.
 
@@ -111,7 +114,7 @@ def linear(x: Array, params: dict, site: str, lora: Any, edit: Any, gates: Gates
     """One linear site of one layer: product, bias, then lora, then edit."""
     y = dot(x, params[site])
     if f"{site}_bias" in params:
-        y = y + params[f"{site}_bias"].astype(y.dtype)
+        y = y + along_last(params[f"{site}_bias"], y)
     if (low_rank := getattr(lora, site, None)) is not None:
         y = y + lora_delta(x, low_rank.a, low_rank.b, gates.lora)
     if (vectors := getattr(edit, site, None)) is not None:
@@ -126,9 +129,7 @@ def block(config: ModelConfig, params: dict, h: Float[Array, "B T D"], lora: Any
     """
     rows, length, _ = h.shape
     x = rms_norm(h, params["attn_norm"], config.norm_eps)
-    q, k, v = (
-        linear(x, params, site, lora, edit, gates).reshape(rows, length, -1, config.head_width) for site in ("q", "k", "v")
-    )
+    q, k, v = (linear(x, params, site, lora, edit, gates).reshape(rows, length, -1, config.head_width) for site in ("q", "k", "v"))
     attended, extra = attend(q, k, v)
     h = h + linear(attended.reshape(rows, length, -1), params, "o", lora, edit, gates)
     x = rms_norm(h, params["mlp_norm"], config.norm_eps)

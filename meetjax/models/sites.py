@@ -33,9 +33,6 @@ BLOCK = {
         Site("q", ("embed", "heads"), "self_attn.q_proj.weight", "attn_q.weight"),
         Site("k", ("embed", "kv"), "self_attn.k_proj.weight", "attn_k.weight"),
         Site("v", ("embed", "kv"), "self_attn.v_proj.weight", "attn_v.weight"),
-        Site("q_bias", ("heads",), "self_attn.q_proj.bias", "attn_q.bias", bias_of="q"),
-        Site("k_bias", ("kv",), "self_attn.k_proj.bias", "attn_k.bias", bias_of="k"),
-        Site("v_bias", ("kv",), "self_attn.v_proj.bias", "attn_v.bias", bias_of="v"),
         Site("o", ("heads", "embed"), "self_attn.o_proj.weight", "attn_output.weight"),
         Site("mlp_norm", ("embed",), "post_attention_layernorm.weight", "ffn_norm.weight"),
         Site("gate", ("embed", "ffn"), "mlp.gate_proj.weight", "ffn_gate.weight"),
@@ -43,6 +40,9 @@ BLOCK = {
         Site("down", ("ffn", "embed"), "mlp.down_proj.weight", "ffn_down.weight"),
     )
 }
+for _site in [site for site in BLOCK.values() if site.linear]:
+    _names = (name.removesuffix("weight") + "bias" for name in (_site.hf, _site.gguf))
+    BLOCK[f"{_site.name}_bias"] = Site(f"{_site.name}_bias", _site.axes[1:], *_names, bias_of=_site.name)
 TOP = {
     site.name: site
     for site in (
@@ -59,7 +59,7 @@ EDITABLE = ("q", "k", "v", "o", "down")
 
 def block_sites(config: ModelConfig) -> dict[str, Site]:
     """The leaves of one block of this model."""
-    return {name: site for name, site in BLOCK.items() if site.bias_of is None or config.qkv_bias}
+    return {name: site for name, site in BLOCK.items() if site.bias_of is None or site.bias_of in config.biases}
 
 
 def top_sites(config: ModelConfig) -> dict[str, Site]:

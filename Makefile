@@ -1,0 +1,33 @@
+# Everything happens in .venv; a machine needs Python 3.11, make and a package index.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test check parity setup setup-parity
+
+demo: setup
+	$(BIN)/meetjax demo
+
+test: setup
+	$(BIN)/python -m pytest tests --ignore tests/parity
+
+check: setup
+	$(BIN)/ruff format --check meetjax experiments tests
+	$(BIN)/ruff check meetjax experiments tests
+	$(BIN)/pyright
+
+parity: setup-parity
+	$(BIN)/python -m pytest tests/parity
+
+setup: .venv/installed
+
+setup-parity: .venv/installed-parity
+
+.venv/installed: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+.venv/installed-parity: .venv/installed requirements-parity.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-parity.txt
+	touch $@

@@ -1,0 +1,149 @@
+"""Adapters on disk: a safetensors file of the bank alone beside a manifest, and LoRA in PEFT's names.
+
+The base is never in the file; the manifest names it by fingerprint, and loading onto another base is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from meetjax.adapters.tree import Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt, flatten, kinds
+from meetjax.errors import MeetjaxError
+from meetjax.models import sites
+
+FILE, MANIFEST, FORMAT = "adapters.safetensors", "manifest.json", 1
+
+
+def save_adapters(folder: str | Path, bank: Bank, *, base: str, fingerprint: str, recipe: dict[str, Any] | None = None) -> Path:
+    """Writes `adapters.safetensors` and `manifest.json` (kinds, sites, gate columns, base name and fingerprint, recipe).
+
+    Each file appears whole or not at all. Raises MeetjaxError when the folder cannot be written or a leaf is not finite.
+    """
+    folder = Path(folder)
+    # safetensors.numpy silently writes wrong data for views, hence the contiguous copies.
+    leaves = {path: np.ascontiguousarray(jax.device_get(leaf)) for path, leaf in flatten(bank).items()}
+    for path, leaf in leaves.items():
+        if not np.isfinite(leaf).all():
+            raise MeetjaxError(f"adapters: leaf {path}", expected="finite numbers", found="NaN or infinity", fix="nothing was saved")
+    manifest = {
+        "format": FORMAT,
+        "base": base,
+        "fingerprint": fingerprint,
+        "kinds": {
+            kind: {"entries": list(tree.entries), "sites": sorted({path.split("/")[1] for path in leaves if path.startswith(kind + "/")})}
+            | ({"scale": tree.scale} if kind == "lora" else {})
+            for kind, tree in ((kind, getattr(bank, kind)) for kind in kinds(bank))
+        },
+        "recipe": recipe or {},
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(leaves, folder / (FILE + ".partial"))
+        (folder / (MANIFEST + ".partial")).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
+        for name in (FILE, MANIFEST):
+            os.replace(folder / (name + ".partial"), folder / name)
+    except (OSError, SafetensorError) as error:
+        raise MeetjaxError(f"{folder}: adapters could not be saved", found=error, fix="free space or choose another folder") from error
+    return folder
+
+
+def load_adapters(folder: str | Path, fingerprint: str | None = None) -> Bank:
+    """Reads a bank. Raises MeetjaxError for a missing, truncated or foreign file, or one trained on another base.
+
+    fingerprint: of the base at hand (`Model.fingerprint`); None skips the check, for tools that only look.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if fingerprint is not None and manifest["fingerprint"] != fingerprint:
+        raise MeetjaxError(
+            f"{folder}: adapter of another base",
+            expected=f"base {manifest['base']} ({manifest['fingerprint'][:12]})",
+            found=fingerprint[:12],
+            fix="load the base it was trained on",
+        )
+    try:
+        leaves = load_file(folder / FILE)
+    except (OSError, SafetensorError) as error:
+        raise MeetjaxError(f"{folder / FILE}: not a whole safetensors file", found=error, fix="copy or train it again") from None
+    fields: dict[str, Any] = {}
+    for kind, facts in manifest["kinds"].items():
+        own = {path.removeprefix(kind + "/"): jnp.asarray(leaf) for path, leaf in leaves.items() if path.startswith(kind + "/")}
+        entries = tuple(facts["entries"])
+        try:
+            if kind == "prompt":
+                fields[kind] = Prompt(own["vectors"], entries)
+            elif kind == "lora":
+                fields[kind] = Lora(**_by_site(own, LoraSite, ("a", "b")), scale=facts["scale"], entries=entries)
+            elif kind == "edit":
+                fields[kind] = Edit(**_by_site(own, EditSite, ("s", "t")), entries=entries)
+            else:
+                fields[kind] = Identity({path.removeprefix("block/"): leaf for path, leaf in own.items()}, entries)
+        except (KeyError, TypeError) as error:
+            raise MeetjaxError(f"{folder / FILE}: leaves of {kind} do not match the manifest", found=error) from None
+    return Bank(**fields)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of an adapter folder. Raises MeetjaxError when it is missing or not one of ours."""
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        complete = manifest["format"] == FORMAT and {"base", "fingerprint", "kinds"} <= set(manifest)
+    except FileNotFoundError:
+        raise MeetjaxError(f"{path}: no such file", expected="an adapter folder", fix="give the folder that holds manifest.json") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise MeetjaxError(f"{path}: not a manifest", found=error) from None
+    if not complete or not set(manifest["kinds"]) <= {"prompt", "lora", "edit", "identity"}:
+        raise MeetjaxError(f"{path}: not a manifest of this version", expected=f"format {FORMAT}", found=manifest["format"])
+    return manifest
+
+
+def _by_site(leaves: dict[str, Any], site_type: type, fields: tuple[str, str]) -> dict[str, Any]:
+    names = {path.split("/")[0] for path in leaves}
+    return {name: site_type(*(leaves[f"{name}/{field}"] for field in fields)) for name in names}
+
+
+def lora_to_peft(lora: Lora) -> dict[str, np.ndarray]:
+    """LoRA in PEFT's state-dict names: lora_A (rank, in) and lora_B (out, rank), one tensor a layer. One entry only."""
+    if len(lora.entries) != 1:
+        raise MeetjaxError("PEFT export", expected="one LoRA", found=f"a bank of {len(lora.entries)}", fix="export them one by one")
+    state = {}
+    for field in dataclasses.fields(lora)[:7]:
+        if (site := getattr(lora, field.name)) is None:
+            continue
+        module = sites.BLOCK[field.name].hf.removesuffix(".weight")
+        for layer in range(site.a.shape[0]):
+            path = f"base_model.model.model.layers.{layer}.{module}"
+            state[f"{path}.lora_A.weight"] = np.ascontiguousarray(np.asarray(site.a[layer, 0]).T)
+            state[f"{path}.lora_B.weight"] = np.ascontiguousarray(np.asarray(site.b[layer, 0]).T)
+    return state
+
+
+def lora_from_peft(state: dict[str, np.ndarray], scale: float) -> Lora:
+    """The inverse of `lora_to_peft`; scale = lora_alpha / r. Raises MeetjaxError for a tensor that is not a LoRA of a known site."""
+    by_module = {site.hf.removesuffix(".weight"): name for name, site in sites.BLOCK.items() if site.linear}
+    found: dict[str, dict[tuple[int, str], np.ndarray]] = {}
+    for path, tensor in state.items():
+        parts = path.removeprefix("base_model.model.").removeprefix("model.layers.").split(".")
+        layer, module, matrix = parts[0], ".".join(parts[1:3]), parts[3] if len(parts) > 3 else ""
+        if module not in by_module or matrix not in ("lora_A", "lora_B") or not layer.isdigit():
+            raise MeetjaxError(f"PEFT tensor {path}", expected="lora_A or lora_B of " + ", ".join(by_module), fix="only plain LoRA is read")
+        found.setdefault(by_module[module], {})[int(layer), matrix[-1]] = np.asarray(tensor, np.float32).T
+    fields = {}
+    for name, tensors in found.items():
+        layers = sorted({layer for layer, _ in tensors})
+        if layers != list(range(len(layers))) or len(tensors) != 2 * len(layers):
+            raise MeetjaxError(f"PEFT LoRA at {name}", expected="A and B in every layer", found=f"layers {layers}")
+        a, b = (jnp.asarray(np.stack([tensors[layer, matrix] for layer in layers])[:, None]) for matrix in "AB")
+        fields[name] = LoraSite(a, b)
+    return Lora(**fields, scale=scale)

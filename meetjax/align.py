@@ -1,0 +1,117 @@
+"""The main job: a recipe becomes adapters, a summary and the numbers that say whether they work."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from meetjax.adapters.bank import init_bank
+from meetjax.adapters.io import save_adapters
+from meetjax.adapters.tree import Bank, count_parameters
+from meetjax.data.audit import render_table, split_rows, then
+from meetjax.data.records import read_records
+from meetjax.data.tokenize import Rows, tokenize_records
+from meetjax.evaluate.preference import accuracy, row_logps, shorter_accuracy
+from meetjax.evaluate.report import write_summary
+from meetjax.models.load import Model, load
+from meetjax.train.fit import fit
+from meetjax.train.metrics import peak_rss_gb
+from meetjax.train.reference import Reference
+from meetjax.train.sharding import base_shardings, make_mesh
+from meetjax.train.stage import Data, Recipe, check_recipe, resolved
+
+
+class Split(NamedTuple):
+    """Training rows of the objective's form; held-out pairs as rows and as records, None without any."""
+
+    train: Rows
+    held_out: Rows | None
+    records: list[Any]
+
+
+def read_rows(data: Data, form: str, tokenizer: Any, console: Console) -> Split:
+    """Reads, splits and tokenises `data`, and prints what was left out and why."""
+    records, read = read_records(data.path, form, data.split, data.limit)
+    if not data.held_out:
+        rows, made = tokenize_records(records, tokenizer, data.max_length, data.template)
+        console.print(render_table(then(read, made), f"{data.path} ({form})"))
+        return Split(rows, None, [])
+    train, held_out, split = split_rows(records, data.held_out, data.seed)
+    rows, made = tokenize_records(train, tokenizer, data.max_length, data.template)
+    console.print(render_table(then(read, split, made), f"{data.path} ({form})"))
+    if form != "pair":
+        pairs, _ = read_records(data.path, "pair", data.split, data.limit)
+        _, held_out, _ = split_rows(pairs, data.held_out, data.seed)
+    held_rows, held_audit = tokenize_records(held_out, tokenizer, data.max_length, data.template)
+    console.print(render_table(held_audit, "held out"))
+    return Split(rows, held_rows, held_out)
+
+
+def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
+    """Runs every stage of a recipe, evaluates on held-out prompts and writes `out/summary.json` and `out/adapters/`.
+
+    A run that was interrupted goes on where its last checkpoint stands. Returns the summary. Raises MeetjaxError for a
+    recipe, data, model or folder that cannot be used, and when training diverges; Interrupted after SIGTERM.
+    """
+    begun, console = time.monotonic(), console or Console()
+    check_recipe(recipe)
+    out = Path(recipe.out or f"runs/{recipe.name}")
+    mesh = make_mesh(recipe.train.mesh)
+    console.print(f"{recipe.name}: {recipe.model} -> {out}")
+    model = load(recipe.model, dtype=recipe.dtype, shardings=lambda config: base_shardings(config, mesh))
+    config = dataclasses.replace(model.config, dtype=recipe.dtype, remat=recipe.remat)
+    reference = Reference(config, model.params)
+    params, bank, held_rows, trained = model.params, Bank(), None, 0
+    for i, stage in enumerate(recipe.stages):
+        rows, held_rows, _ = read_rows(recipe.data, stage.objective.form, model.tokenizer, console)
+        specs = tuple(spec for spec in stage.trains if spec != "base")
+        made = init_bank(config, params, specs, model.tokenizer, jax.random.key(recipe.train.seed)) if specs else Bank()
+        bank = Bank(**{kind.name: getattr(made, kind.name) or getattr(bank, kind.name) for kind in dataclasses.fields(Bank)})
+        trained += count_parameters(made) + (count_parameters(params) if "base" in stage.trains else 0)
+        folder = out / f"stage-{i}"
+        params, bank = fit(
+            config, params, bank, rows, stage, recipe.train, folder,
+            max_length=recipe.data.max_length, mesh=mesh, identity=_identity(recipe, model, i),
+            reference=reference, title=f"stage {i}: {type(stage.objective).__name__.lower()}", console=console,
+        )  # fmt: skip
+    save_adapters(out / "adapters", bank, base=model.name, fingerprint=model.fingerprint, recipe=resolved(recipe))
+    summary: dict[str, Any] = {
+        "name": recipe.name,
+        "model": model.name,
+        "trained_parameters": trained,
+        "recipe": resolved(recipe),
+    }
+    if held_rows is not None:
+        console.print(f"evaluating on {len(held_rows):,} held-out pairs")
+        summary |= held_out(config, model, params, bank, held_rows)
+    summary |= {"wall_s": round(time.monotonic() - begun, 1), "peak_rss_gb": round(peak_rss_gb(), 3)}
+    console.print(f"wrote {write_summary(summary, out)}")
+    return summary
+
+
+def held_out(config: Any, model: Model, params: Any, bank: Bank, rows: Rows) -> dict[str, Any]:
+    """Implicit-reward accuracy s - s_ref over held-out pairs with its interval, beside what costs no training."""
+    base = row_logps(config, model.params, None, rows)
+    policy = row_logps(config, params, bank, rows)
+    margins = (policy - base)[:, 0] - (policy - base)[:, 1]
+    ours = accuracy(margins)
+    return {
+        "held_out_accuracy": ours["accuracy"],
+        "held_out_interval": ours["interval"],
+        "held_out_n": ours["n"],
+        "held_out_margin_nats": float(np.mean(margins)),
+        "baseline_shorter_accuracy": shorter_accuracy(rows),
+        "baseline_untrained_logps_accuracy": accuracy(base[:, 0] - base[:, 1])["accuracy"],
+    }
+
+
+def _identity(recipe: Recipe, model: Model, stage: int) -> dict[str, Any]:
+    """What a checkpoint must agree with to be continued: everything but where the results go."""
+    facts = resolved(dataclasses.replace(recipe, out=""))
+    return {"stage": stage, "fingerprint": model.fingerprint, "recipe": facts}

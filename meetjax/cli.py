@@ -1,0 +1,156 @@
+"""The command line: one function a sub-command, each a thin call of the library."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from meetjax.errors import MeetjaxError
+
+
+def align(
+    file: Annotated[Path, tyro.conf.Positional],
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FIELD=VALUE")] = (),
+) -> None:
+    """Train the recipe of a file with get_config().
+
+    Args:
+        file: an experiment, such as experiments/edit_dpo_hh.py.
+        set: change a field of the recipe, such as train.steps=50 or out=runs/mine; may be repeated.
+    """
+    from meetjax.align import align as run
+    from meetjax.train.stage import Recipe, override
+
+    get_config = getattr(_module(file), "get_config", None)
+    recipe = get_config() if callable(get_config) else None
+    if not isinstance(recipe, Recipe):
+        raise MeetjaxError(f"{file}: get_config()", expected="a function that returns a Recipe", found=type(recipe).__name__)
+    run(override(recipe, list(set)))
+
+
+def generate(
+    prompt: str,
+    adapter: Path | None = None,
+    strength: float | None = None,
+    dial: float | None = None,
+    model: str = "smollm2-135m-instruct",
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Answer a prompt with an adapter at a strength.
+
+    Args:
+        prompt: the user's message.
+        adapter: folder of a trained adapter (none: the base model).
+        strength: how much of the adapter: 0 base, 1 trained, between, beyond, or below 0 for the other way.
+        dial: mix logits instead of weights, z = dial * adapted + (1 - dial) * base, with the adapter in full.
+        model: hub id, folder, .gguf file or smollm2-135m-instruct.
+        system: a system message.
+        max_new_tokens: limit of the answer in tokens.
+        temperature: 0 is greedy.
+        top_k: sample among the k most likely tokens (0: all).
+        top_p: sample among the smallest set of tokens with this mass.
+        seed: of the sampling.
+    """
+    from meetjax.adapters.algebra import at_strength
+    from meetjax.adapters.io import load_adapters
+    from meetjax.generate.requests import Request, generate_texts
+    from meetjax.generate.sampling import Sampling
+    from meetjax.models.load import load
+
+    if adapter is None and (strength is not None or dial is not None):
+        raise MeetjaxError("generate: --strength or --dial without an adapter", fix="name one with --adapter DIR")
+    if strength is not None and dial is not None:
+        raise MeetjaxError("generate: --strength and --dial", expected="one of them", found="both")
+    sampling = Sampling(temperature, top_k, top_p)
+    loaded = load(model)
+    bank, gates = None, None
+    if adapter is not None:
+        bank = load_adapters(adapter, loaded.fingerprint)
+        if dial is None:
+            gates, dial = at_strength(bank, 1.0 if strength is None else strength)
+    request = Request(prompt, system=system, gates=gates, dial=dial, sampling=sampling, seed=seed)
+    print(generate_texts(loaded, [request], adapters=bank, max_new_tokens=max_new_tokens)[0].text)
+
+
+def demo(out: Path = Path("runs/demo")) -> None:
+    """Train one adapter of each kind to be concise, slide the dial, write report.html and summary.json.
+
+    Args:
+        out: folder of the report.
+    """
+    from meetjax.demo import run
+
+    run(out)
+
+
+def selftest(model: str = "smollm2-135m-instruct") -> None:
+    """Check the laws that everything rests on, on a real model, in about a minute.
+
+    Args:
+        model: hub id, folder, .gguf file or smollm2-135m-instruct.
+    """
+    from meetjax.selftest import run
+
+    if not run(model):
+        sys.exit(1)
+
+
+def _module(file: Path):
+    if not file.is_file():
+        raise MeetjaxError(f"{file}: no such file", expected="an experiment with get_config()", fix="see experiments/README.md")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise MeetjaxError(f"{file}: not a Python file", expected="a name ending in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except MeetjaxError:
+        raise
+    except Exception as error:
+        raise MeetjaxError(f"{file}: cannot be run", found=f"{type(error).__name__}: {error}") from error
+    return module
+
+
+COMMANDS = {function.__name__: function for function in (align, generate, demo, selftest)}
+
+
+def main() -> None:
+    """Runs a sub-command. Exit status 2 for bad input (one line on stderr, a traceback only with --debug), 143 after SIGTERM."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import jax
+
+    from meetjax.models.sources import cache_dir
+    from meetjax.train.fit import Interrupted
+
+    # Compiled programs are kept between runs: a step of a small model compiles in 10 s and loads in 1 s.
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled")))
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="meetjax", description=__doc__, args=arguments)
+    except MeetjaxError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(143)
+    except KeyboardInterrupt:
+        print("interrupted; the last checkpoint stands, run the same command to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

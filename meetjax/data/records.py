@@ -1,0 +1,221 @@
+"""Records: preference pairs and demonstrations, read from every common layout of columns."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from meetjax.data.audit import Audit, Finding, require_rows, tally
+from meetjax.data.sources import iterate_rows
+from meetjax.errors import MeetjaxError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+FORMS = ("pair", "completion")
+HH_START = "\n\nHuman:"
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+# Reasons for leaving a row out. An empty answer is only noted here and left out when tokenised, so that a seeded split of
+# a set does not depend on it.
+EMPTY = "empty answer"
+IDENTICAL = "chosen and rejected are identical"
+DIFFERENT = "the two sides do not share the prompt"
+NO_PROMPT = "no message before the answer"
+NOT_ASSISTANT = "the answer is not one assistant turn"
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `role` is one of `ROLES`."""
+
+    role: str
+    content: str
+
+
+Prompt = tuple[Message, ...] | str
+"""A conversation, or plain text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, the first preferred; `where` is the `file:line` it came from."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A demonstrated answer to a prompt; `where` is the `file:line` it came from."""
+
+    prompt: Prompt
+    completion: str
+    where: str
+
+
+def answers(record: Pair | Completion) -> tuple[str, ...]:
+    """The record's C answers in the order of `Batch`'s answer axis: (chosen, rejected) or (completion,)."""
+    return (record.chosen, record.rejected) if isinstance(record, Pair) else (record.completion,)
+
+
+def read_records(
+    source: str | Path, form: Literal["pair", "completion"], split: str | None = None, limit: int | None = None
+) -> tuple[list[Any], Audit]:
+    """Reads `Pair` or `Completion` records and the audit of the rows left out.
+
+    `source` and `split` are those of `sources.iterate_rows`; `limit` reads only the first rows. Layouts, told by the columns:
+
+    * `prompt`, `chosen`, `rejected` and `prompt`, `completion`: each a string or a list of {"role", "content"} messages;
+    * `chosen`, `rejected` alone: whole conversations, or dialogue strings with turns at "\\n\\nHuman:" and "\\n\\nAssistant:";
+    * `messages` (demonstrations only): the last assistant turn is the answer.
+
+    A pair file read as demonstrations gives the chosen answers of exactly the rows that it gives as pairs, in the same
+    order, so that one seeded split serves both. Raises MeetjaxError with `file:line` for a missing column, a field of the
+    wrong type and whatever `iterate_rows` raises, and with the top reason when no row is usable.
+    """
+    if form not in FORMS:
+        raise MeetjaxError("data form", expected=" or ".join(FORMS), found=repr(form))
+    if limit is not None and limit < 1:
+        raise MeetjaxError(f"{source}: limit", expected="at least 1 row", found=limit)
+    parse = parse_pair if form == "pair" else parse_completion
+    records: list[Any] = []
+    excluded: dict[str, Finding] = {}
+    noted: dict[str, Finding] = {}
+    usable = 0
+    for number, (row, where) in enumerate(iterate_rows(source, split), start=1):
+        record = parse(row, where)
+        if isinstance(record, str):
+            tally(excluded, record, where)
+        else:
+            records.append(record)
+            empty = not all(answer.strip() for answer in answers(record))
+            usable += not empty
+            if empty:
+                tally(noted, f"{EMPTY}, left out when tokenised", where)
+        if number == limit:
+            break
+    if usable == 0 and records:
+        tally(excluded, EMPTY, records[0].where, len(records))
+    require_rows(Audit(usable, excluded), source)
+    return records, Audit(len(records), excluded, noted)
+
+
+def parse_pair(row: Mapping[str, Any], where: str) -> Pair | str:
+    """The row's pair, or the reason why it has none; raises MeetjaxError for a missing column or a wrong type."""
+    _require_columns(row, ("chosen", "rejected"), where)
+    if "prompt" in row:
+        sides = [_answer_after(row["prompt"], row, field, where) for field in ("chosen", "rejected")]
+    else:
+        sides = [_whole_conversation(row, field, where) for field in ("chosen", "rejected")]
+    for side in sides:
+        if isinstance(side, str):
+            return side
+    (prompt, chosen), (other, rejected) = sides
+    if prompt != other:
+        return DIFFERENT
+    if chosen.strip() == rejected.strip():
+        return IDENTICAL
+    return Pair(prompt, chosen, rejected, where)
+
+
+def parse_completion(row: Mapping[str, Any], where: str) -> Completion | str:
+    """The row's demonstration, or the reason why it has none; raises MeetjaxError like `parse_pair`."""
+    if "completion" in row:
+        _require_columns(row, ("prompt", "completion"), where)
+        found = _answer_after(row["prompt"], row, "completion", where)
+    elif "messages" in row:
+        found = _last_assistant_turn(_messages(row["messages"], "messages", where))
+    elif "chosen" in row or "rejected" in row:
+        pair = parse_pair(row, where)
+        found = pair if isinstance(pair, str) else (pair.prompt, pair.chosen)
+    else:
+        raise _missing("prompt and completion, or messages, or chosen and rejected", row, where)
+    return found if isinstance(found, str) else Completion(*found, where)
+
+
+def parse_dialogue(text: str) -> tuple[Message, ...]:
+    """The turns of a dialogue string, split at "\\n\\nHuman:" and "\\n\\nAssistant:", without the blanks around them."""
+    parts = HH_TURN.split(text)[1:]
+    return tuple(Message(HH_ROLES[role], content.strip()) for role, content in zip(parts[::2], parts[1::2], strict=True))
+
+
+def _answer_after(prompt: Any, row: Mapping[str, Any], field: str, where: str) -> tuple[Prompt, str] | str:
+    """Prompt and answer of a layout with a `prompt` column: text or messages on either side."""
+    answer = row[field]
+    if not isinstance(prompt, (str, list, tuple)):
+        raise _wrong_type("prompt", prompt, where)
+    talk = prompt if isinstance(prompt, str) else _messages(prompt, "prompt", where)
+    if talk == ():
+        return NO_PROMPT
+    if isinstance(answer, str):
+        return talk, answer
+    turns = _messages(answer, field, where)
+    if isinstance(talk, str):
+        if len(turns) == 1:
+            talk = (Message("user", talk),)
+        elif not any(turn.content == talk for turn in turns[:-1]):
+            return DIFFERENT
+        else:  # the whole conversation, of which the prompt column repeats a turn
+            talk = turns[:-1]
+    if turns[: len(talk)] == talk:
+        turns = turns[len(talk) :]
+    if len(turns) != 1 or turns[0].role != "assistant":
+        return NOT_ASSISTANT
+    return talk, turns[0].content
+
+
+def _whole_conversation(row: Mapping[str, Any], field: str, where: str) -> tuple[Prompt, str] | str:
+    """Prompt and last turn of a side that holds the whole conversation, as messages or as a dialogue string."""
+    value = row[field]
+    if isinstance(value, str):
+        if not value.startswith(HH_START):
+            raise _missing("prompt (or dialogues that start with \\n\\nHuman:)", row, where)
+        turns = parse_dialogue(value)
+    else:
+        turns = _messages(value, field, where)
+    if not turns or turns[-1].role != "assistant":
+        return NOT_ASSISTANT
+    return (turns[:-1], turns[-1].content) if turns[:-1] else NO_PROMPT
+
+
+def _last_assistant_turn(turns: tuple[Message, ...]) -> tuple[Prompt, str] | str:
+    last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=None)
+    if last is None:
+        return NOT_ASSISTANT
+    return (turns[:last], turns[last].content) if last else NO_PROMPT
+
+
+def _messages(value: Any, field: str, where: str) -> tuple[Message, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise _wrong_type(field, value, where)
+    turns = []
+    for i, turn in enumerate(value):
+        at = f"{where}: field '{field}', message {i}"
+        if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
+            found = sorted(turn) if isinstance(turn, Mapping) else type(turn).__name__
+            raise MeetjaxError(at, expected="an object with role and content", found=found)
+        if turn["role"] not in ROLES:
+            raise MeetjaxError(f"{at}: role", expected=f"one of {', '.join(ROLES)}", found=repr(turn["role"]))
+        if not isinstance(turn["content"], str):
+            raise MeetjaxError(f"{at}: content", expected="a string", found=type(turn["content"]).__name__)
+        turns.append(Message(turn["role"], turn["content"]))
+    return tuple(turns)
+
+
+def _require_columns(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> None:
+    for column in columns:
+        if column not in row:
+            raise _missing(column, row, where)
+
+
+def _missing(column: str, row: Mapping[str, Any], where: str) -> MeetjaxError:
+    return MeetjaxError(f"{where}: missing column", expected=column, found=f"columns {', '.join(sorted(row)) or '(none)'}")
+
+
+def _wrong_type(field: str, value: Any, where: str) -> MeetjaxError:
+    return MeetjaxError(f"{where}: field '{field}'", expected="a string or a list of messages", found=type(value).__name__)

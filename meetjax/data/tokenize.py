@@ -1,0 +1,212 @@
+"""From records to token rows: each answer is tokenised once, together with its prompt, and split by character offsets."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from meetjax.data.audit import Audit, Finding, require_rows, tally
+from meetjax.data.records import EMPTY, Completion, Pair, answers
+from meetjax.data.template import TemplateRefusal, check_template, render_prompt
+from meetjax.errors import MeetjaxError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK = 1024  # records handed to the tokenizer at once; it works on their texts in parallel
+
+REFUSED = "the chat template refuses the prompt"
+NO_CONTEXT = "no prompt token before the answer"
+TOO_LONG = "an answer does not fit within max_length"
+CUT = "start of the prompt cut"
+STRADDLED = "a token spans prompt and answer"
+UNEQUAL = "the two prompts differ in tokens"
+SPELLED = "an answer spells a special token"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """N rows of C tokenised answers in flat storage; row [n, c] is prompt + answer + EOS, unpadded.
+
+    ids:      int32[sum of lengths], read with `answer_ids`
+    offsets:  int64[N, C], where row [n, c] begins in `ids`
+    starts:   int32[N, C], tokens of the prompt, i.e. index of the first answer token
+    lengths:  int32[N, C], tokens, EOS included
+    prompt_equal: bool[N], whether the C prompts have the same ids
+    hashes:   str[N], 16 hex digits that name the row's content (for caches)
+    records:  int32[N], index of the row's record in the list that was tokenised
+    """
+
+    ids: Int[np.ndarray, " total"]
+    offsets: Int[np.ndarray, "N C"]
+    starts: Int[np.ndarray, "N C"]
+    lengths: Int[np.ndarray, "N C"]
+    prompt_equal: Bool[np.ndarray, " N"]
+    hashes: np.ndarray
+    records: Int[np.ndarray, " N"]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
+def answer_ids(rows: Rows, n: int, c: int) -> Int[np.ndarray, " length"]:
+    """A view of the ids of prompt + answer + EOS of row n, answer c."""
+    begin = rows.offsets[n, c]
+    return rows.ids[begin : begin + rows.lengths[n, c]]
+
+
+def tokenize_records(
+    records: Sequence[Pair] | Sequence[Completion],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    template: Literal["auto", "chat", "none"] = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Rows, Audit]:
+    """Tokenises all records with a fast tokenizer; returns the rows and the audit of what was cut and left out.
+
+    A token belongs to the answer if it ends after the prompt's last character. EOS is appended and learned. No other special
+    token is added, but a BOS where the tokenizer adds one itself and the text does not begin with it. Where an answer
+    is longer than `max_length` tokens, the start of the prompt (after BOS) is cut by the same number of tokens for all
+    answers of the record; the record is left out when that would leave no prompt token. `progress(done, total)` is called
+    after every chunk of records. Stats: `tokens` (all rows), `distinct tokens` (an equal prompt counted once a record).
+    Raises MeetjaxError for no records, records of two forms, a slow tokenizer, one without EOS, an unfit template, a `max_length`
+    below 3, and when no record is left.
+    """
+    _check(records, tokenizer, max_length, template)
+    excluded: dict[str, Finding] = {}
+    noted: dict[str, Finding] = {}
+    bos = added_bos(tokenizer)
+    special = set(tokenizer.all_special_ids)
+    kept: list[tuple[int, list[np.ndarray], list[int]]] = []
+    for first in range(0, len(records), CHUNK):
+        chunk = list(enumerate(records[first : first + CHUNK], start=first))
+        rendered = []
+        for index, record in chunk:
+            if not all(answer.strip() for answer in answers(record)):
+                tally(excluded, EMPTY, record.where)
+                continue
+            try:
+                rendered.append((index, record, render_prompt(tokenizer, record.prompt, template)))
+            except TemplateRefusal:
+                tally(excluded, REFUSED, record.where)
+        texts = [text + answer for _, record, text in rendered for answer in answers(record)]
+        encoded = iter(_encode(tokenizer, texts))
+        for index, record, text in rendered:
+            sides = [_ids_and_start(next(encoded), len(text), bos, tokenizer.eos_token_id) for _ in answers(record)]
+            row, reason, remarks = _fit(sides, tokenizer.bos_token_id, special, max_length)
+            for remark in remarks:
+                tally(noted, remark, record.where)
+            if row is None:
+                tally(excluded, reason, record.where)
+            else:
+                kept.append((index, *row))
+        if progress is not None:
+            progress(first + len(chunk), len(records))
+    require_rows(Audit(len(kept), excluded), "tokenised records")
+    rows = _flat(kept)
+    stats = {"tokens": int(rows.lengths.sum()), "distinct tokens": distinct_tokens(rows)}
+    return rows, Audit(len(rows), excluded, noted, stats)
+
+
+def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of BOS if the tokenizer puts one before every text by itself, else None."""
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer("a", verbose=False).input_ids[:1] == [bos] else None
+
+
+def distinct_tokens(rows: Rows) -> int:
+    """Tokens of all rows when a prompt that the answers of a row share is counted once."""
+    shared = rows.starts[:, 0] * (rows.starts.shape[1] - 1)
+    return int(rows.lengths.sum() - shared[rows.prompt_equal].sum())
+
+
+def _check(records: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int, template: str) -> None:
+    if not records:
+        raise MeetjaxError("tokenize: records", expected="at least one", found="none")
+    forms = {type(record).__name__ for record in records}
+    if len(forms) > 1:
+        raise MeetjaxError("tokenize: records", expected="records of one form", found=" and ".join(sorted(forms)))
+    if max_length < 3:
+        raise MeetjaxError("tokenize: max_length", expected="at least 3 tokens (prompt, answer, EOS)", found=max_length)
+    if not tokenizer.is_fast:
+        raise MeetjaxError("tokenize: tokenizer", expected="a fast tokenizer (character offsets)", found=type(tokenizer).__name__)
+    if tokenizer.eos_token_id is None:
+        raise MeetjaxError("tokenize: tokenizer", expected="an EOS token", found="none", fix="set tokenizer.eos_token")
+    check_template(tokenizer, template)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Any]:
+    if not texts:
+        return []
+    found = tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, return_attention_mask=False, verbose=False)
+    return found.encodings
+
+
+def _ids_and_start(encoding: Any, boundary: int, bos: int | None, eos: int) -> tuple[np.ndarray, int, bool]:
+    """(ids with BOS and EOS, index of the first answer token, whether that token begins inside the prompt)."""
+    ids = encoding.ids
+    start = encoding.char_to_token(boundary)
+    if start is None:  # a tokenizer that takes blanks out of the offsets: search them
+        start = next((i for i, (_, end) in enumerate(encoding.offsets) if end > boundary), len(ids))
+    straddled = start < len(ids) and encoding.token_to_chars(start)[0] < boundary
+    front = [bos] if bos is not None and ids[:1] != [bos] else []
+    return np.array([*front, *ids, eos], np.int32), start + len(front), straddled
+
+
+def _fit(
+    sides: list[tuple[np.ndarray, int, bool]], bos: int | None, special: set[int], max_length: int
+) -> tuple[tuple[list[np.ndarray], list[int]] | None, str, list[str]]:
+    """(ids and starts cut to `max_length` or None, reason for None, remarks on a kept row)."""
+    ids, starts = [side[0] for side in sides], [side[1] for side in sides]
+    if any(start == len(tokens) - 1 for tokens, start in zip(ids, starts, strict=True)):
+        return None, EMPTY, []
+    if min(starts) < 1:
+        return None, NO_CONTEXT, []
+    remarks = []
+    over = max(len(tokens) for tokens in ids) - max_length
+    if over > 0:
+        front = int(all(tokens[0] == bos for tokens in ids))  # whether the tokenizer or the template put it there
+        if min(starts) - over < front + 1:
+            return None, TOO_LONG, []
+        ids = [np.concatenate([tokens[:front], tokens[front + over :]]) for tokens in ids]
+        starts = [start - over for start in starts]
+        remarks.append(CUT)
+    if any(side[2] for side in sides):
+        remarks.append(STRADDLED)
+    if not _equal_prompts(ids, starts):
+        remarks.append(UNEQUAL)
+    if not all(special.isdisjoint(tokens[start:-1].tolist()) for tokens, start in zip(ids, starts, strict=True)):
+        remarks.append(SPELLED)
+    return (ids, starts), "", remarks
+
+
+def _equal_prompts(ids: list[np.ndarray], starts: list[int]) -> bool:
+    return all(np.array_equal(ids[0][: starts[0]], tokens[:start]) for tokens, start in zip(ids[1:], starts[1:], strict=True))
+
+
+def _flat(kept: list[tuple[int, list[np.ndarray], list[int]]]) -> Rows:
+    starts = np.array([row[2] for row in kept], np.int32)
+    lengths = np.array([[len(tokens) for tokens in row[1]] for row in kept], np.int32)
+    ends = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape)
+    return Rows(
+        ids=np.concatenate([tokens for row in kept for tokens in row[1]]),
+        offsets=ends - lengths,
+        starts=starts,
+        lengths=lengths,
+        prompt_equal=np.array([_equal_prompts(row[1], row[2]) for row in kept], bool),
+        hashes=np.array([_content_hash(row[1], row[2]) for row in kept]),
+        records=np.array([row[0] for row in kept], np.int32),
+    )
+
+
+def _content_hash(ids: list[np.ndarray], starts: list[int]) -> str:
+    """Starts and lengths are hashed too: they say where prompts end, which the ids alone do not."""
+    digest = hashlib.sha256(np.array([starts, [len(tokens) for tokens in ids]], "<i4").tobytes())
+    for tokens in ids:
+        digest.update(tokens.astype("<i4").tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,40 @@
+"""How often the dialled model prefers what people preferred, on pairs it has not seen."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from meetjax.data.loader import default_buckets, eval_batches
+from meetjax.data.tokenize import Rows
+from meetjax.evaluate.intervals import wilson
+from meetjax.models.config import ModelConfig
+from meetjax.objectives.logps import answer_logps
+from meetjax.types import Params
+
+scores = partial(jax.jit, static_argnums=0)(answer_logps)
+
+
+def row_logps(config: ModelConfig, params: Params, bank: Any, rows: Rows, *, batch_size: int = 8) -> Float[np.ndarray, "N C"]:
+    """Summed answer log-probabilities in nats of every row, the bank in full."""
+    out = np.zeros(rows.starts.shape, np.float64)
+    for batch, chosen in eval_batches(rows, batch_size, default_buckets(int(rows.lengths.max()))):
+        values = np.asarray(scores(config, params, bank, batch))
+        real = batch.weights > 0
+        out[chosen[real]] = values[real]
+    return out
+
+
+def accuracy(margins: Float[np.ndarray, " N"]) -> dict[str, Any]:
+    """Share of positive margins, ties counted half, with the Wilson 95 % interval."""
+    wins = float(np.sum(margins > 0) + 0.5 * np.sum(margins == 0))
+    return {"accuracy": wins / len(margins), "interval": list(wilson(wins, len(margins))), "n": len(margins)}
+
+
+def shorter_accuracy(rows: Rows) -> float:
+    """How often the answer of fewer tokens is the chosen one, ties counted half: the baseline to beat."""
+    return accuracy(np.asarray(np.diff(rows.lengths - rows.starts, axis=1)[:, 0], np.float64))["accuracy"]

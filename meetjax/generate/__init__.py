@@ -1,0 +1,1 @@
+"""Cached generation with per-row gates, logit dial and sampling."""

@@ -1,0 +1,133 @@
+"""A list of requests becomes one padded batch, and its tokens become texts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from meetjax.adapters.tree import Bank, check_gates
+from meetjax.data.records import Message
+from meetjax.data.template import render_prompt
+from meetjax.data.tokenize import added_bos
+from meetjax.errors import MeetjaxError
+from meetjax.generate.decode import generate_tokens
+from meetjax.generate.sampling import RowSampling, Sampling
+from meetjax.models.decoder import unstack
+
+BUCKET = 32
+"""Prompt lengths are rounded up to a multiple of this many tokens, so that few programs are compiled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt: text (a user message where the tokenizer has a chat template) or messages.
+
+    gates: share of each bank column (None: 1 each); dial: logit dial d, z = d z_adapted + (1 - d) z_base (None: off).
+    """
+
+    prompt: str | tuple[Message, ...]
+    system: str | None = None
+    gates: tuple[float, ...] | None = None
+    dial: float | None = None
+    sampling: Sampling = Sampling()
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """text without EOS; tokens counts the new ones, EOS included; ended says whether EOS came before the limit."""
+
+    text: str
+    tokens: int
+    ended: bool
+    ids: tuple[int, ...]
+
+
+def generate_texts(
+    model: Any,
+    requests: Sequence[Request],
+    *,
+    adapters: Bank | None = None,
+    max_new_tokens: int = 256,
+    batch_size: int = 32,
+    template: str = "auto",
+    progress: Callable[[int], None] | None = None,
+) -> list[Completion]:
+    """Answers in the order of the requests. model: `meetjax.load`'s; longest prompts are run first, `batch_size` rows at a time.
+
+    Raises MeetjaxError for gates of another shape, a negative gate of a soft prompt, or a prompt beyond the model's positions.
+    """
+    if max_new_tokens < 1:
+        raise MeetjaxError("max_new_tokens", expected=">= 1", found=max_new_tokens)
+    params = unstack(model.params) if "blocks" in model.params else model.params
+    encoded = [_encode(model, request, template, max_new_tokens) for request in requests]
+    order = sorted(range(len(requests)), key=lambda i: (-len(encoded[i]), i))
+    results: list[Completion | None] = [None] * len(requests)
+    for begin in range(0, len(order), batch_size):
+        chosen = order[begin : begin + batch_size]
+        # A short last batch is filled with copies of its first row, so that it needs no program of its own.
+        rows = chosen + [chosen[0]] * (min(batch_size, len(order)) - len(chosen))
+        tokens, counts = _run(model, params, [requests[i] for i in rows], [encoded[i] for i in rows], adapters, max_new_tokens)
+        for i, ids, count in zip(chosen, tokens, counts, strict=False):
+            ids = tuple(int(token) for token in ids[:count])
+            ended = ids[-1] in model.config.eos_token_ids
+            text = model.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
+            results[i] = Completion(text, len(ids), ended, ids)
+        if progress is not None:
+            progress(len(chosen))
+    return [result for result in results if result is not None]
+
+
+def _encode(model: Any, request: Request, template: str, max_new_tokens: int) -> list[int]:
+    prompt = request.prompt
+    if request.system is not None:
+        turns = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
+        prompt = (Message("system", request.system), *turns)
+    text = render_prompt(model.tokenizer, prompt, template)
+    ids = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    bos = added_bos(model.tokenizer)
+    if bos is not None and ids[:1] != [bos]:
+        ids.insert(0, bos)
+    if not ids:
+        raise MeetjaxError("prompt: no token", expected="some text", found=repr(request.prompt)[:60])
+    if len(ids) + max_new_tokens > model.config.max_position:
+        raise MeetjaxError(
+            "prompt: too long",
+            expected=f"prompt + max_new_tokens <= {model.config.max_position} tokens",
+            found=f"{len(ids)} + {max_new_tokens}",
+            fix="shorten the prompt or ask for fewer new tokens",
+        )
+    return ids
+
+
+def _run(
+    model: Any, params: Any, requests: Sequence[Request], encoded: Sequence[list[int]], adapters: Bank | None, max_new_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    width = -(-max(len(ids) for ids in encoded) // BUCKET) * BUCKET
+    tokens = np.zeros((len(encoded), width), np.int32)
+    pad = np.asarray([width - len(ids) for ids in encoded], np.int32)
+    for row, ids in enumerate(encoded):
+        tokens[row, pad[row] :] = ids
+    gates = None
+    if any(request.gates is not None for request in requests):
+        full = next(len(request.gates) for request in requests if request.gates is not None)
+        gates = np.asarray([request.gates if request.gates is not None else (1.0,) * full for request in requests], np.float32)
+        check_gates(adapters, gates, len(requests))
+    dial = None
+    if any(request.dial is not None for request in requests):
+        dial = np.asarray([1.0 if request.dial is None else request.dial for request in requests], np.float32)
+        if not np.isfinite(dial).all():
+            raise MeetjaxError("dial: value", expected="finite numbers", found=dial.tolist())
+    settings = [request.sampling for request in requests]
+    rows = RowSampling(
+        jnp.asarray([s.temperature for s in settings], jnp.float32),
+        jnp.asarray([s.top_k for s in settings], jnp.int32),
+        jnp.asarray([s.top_p for s in settings], jnp.float32),
+        jnp.asarray([request.seed for request in requests], jnp.int32),
+    )
+    out, counts = generate_tokens(model.config, params, tokens, pad, rows, adapters, gates, dial, max_new_tokens=max_new_tokens)
+    return np.asarray(out), np.asarray(counts)

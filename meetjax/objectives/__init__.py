@@ -1,0 +1,1 @@
+"""Losses as pure functions of answer log-probabilities, and the log-probabilities themselves."""

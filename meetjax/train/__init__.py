@@ -1,0 +1,1 @@
+"""Stages, the pure step, the loop, and what keeps a run safe."""

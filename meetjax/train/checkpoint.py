@@ -1,0 +1,93 @@
+"""Checkpoints: trainable leaves, optimiser, data position and the resolved recipe; never the frozen base."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+
+from meetjax.adapters.tree import flatten, unflatten
+from meetjax.errors import MeetjaxError
+from meetjax.train.step import State
+
+KEEP = 2
+
+
+class Checkpoints:
+    """Asynchronous Orbax checkpoints of one stage under `folder`; a save that fails leaves the ones before it whole."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]):
+        """identity: what must agree to resume (recipe, base fingerprint), stored with every checkpoint."""
+        self.folder = folder.absolute()
+        self.identity = json.loads(json.dumps(identity, default=str))
+        policies = ocp.training.preservation_policies
+        with self._told("opened"):
+            self._orbax = ocp.training.Checkpointer(self.folder, preservation_policy=policies.LatestN(KEEP))
+
+    def save(self, state: State, loader: dict[str, Any]) -> None:
+        """Starts writing the state after `state.step` steps; waits only for the save before it."""
+        with self._told("written"):
+            step = int(state.step)
+            if self._orbax.latest is None or self._orbax.latest.step < step:
+                # A copy, because the next training step donates these buffers while the write goes on.
+                leaves = jax.tree.map(lambda leaf: leaf.copy(), flatten(state))
+                self._orbax.save_checkpointables_async(step, {"state": leaves, "loader": loader, "identity": self.identity})
+
+    def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
+        """The newest (state, loader position), placed as `like` is; None when there is none.
+
+        Raises MeetjaxError when the checkpoint belongs to another base or recipe, or cannot be read.
+        """
+        with self._told("read"):
+            latest = self._orbax.latest
+            if latest is None:
+                return None
+            stored = self._orbax.load_checkpointables(latest.step, {"identity": None})["identity"]
+            if differing := _differences(stored, self.identity):
+                where, old, new = differing[0]
+                raise MeetjaxError(
+                    f"{self.folder}: checkpoint of another run: {where}",
+                    expected=old,
+                    found=new,
+                    fix="choose another out folder, or restore the old setting",
+                )
+            abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), flatten(like))
+            loaded = self._orbax.load_checkpointables(latest.step, {"state": abstract, "loader": None})
+            return unflatten(like, loaded["state"]), loaded["loader"]
+
+    @property
+    def newest(self) -> int | None:
+        """Step of the newest finished checkpoint."""
+        return None if self._orbax.latest is None else self._orbax.latest.step
+
+    def close(self) -> None:
+        """Waits for the last write."""
+        with self._told("written"):
+            self._orbax.close()
+
+    @contextlib.contextmanager
+    def _told(self, verb: str) -> Iterator[None]:
+        try:
+            yield
+        except MeetjaxError:
+            raise
+        except Exception as error:  # Orbax raises many types; the user needs the folder, the cause and what is left.
+            raise MeetjaxError(
+                f"{self.folder}: checkpoint could not be {verb}",
+                found=f"{type(error).__name__}: {error}"[:300],
+                fix="earlier checkpoints are untouched; free space or choose another out folder",
+            ) from error
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(set(old) | set(new))
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
+    if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) and len(old) == len(new):
+        return [d for i, pair in enumerate(zip(old, new, strict=True)) for d in _differences(*pair, f"{where}.{i}")]
+    return [] if old == new else [(where, old, new)]

@@ -1,0 +1,134 @@
+"""The training loop of one stage, in the order of time."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from meetjax.adapters.tree import Bank, count_parameters, kinds
+from meetjax.data.loader import default_buckets, loader
+from meetjax.data.tokenize import Rows
+from meetjax.errors import MeetjaxError
+from meetjax.models.config import ModelConfig
+from meetjax.train.checkpoint import Checkpoints
+from meetjax.train.metrics import MetricsLog
+from meetjax.train.reference import Reference
+from meetjax.train.sharding import put_batch, replicated
+from meetjax.train.stage import Stage, Train
+from meetjax.train.step import Parts, init_state, join, make_optimizer, make_step, partition
+from meetjax.types import Params
+
+
+class Interrupted(Exception):
+    """SIGTERM came: the state of `step` is saved in `folder`, and the same command continues there."""
+
+    def __init__(self, step: int, folder: Path):
+        super().__init__(f"stopped by SIGTERM after step {step}, saved in {folder}; run the same command to go on")
+
+
+def fit(
+    config: ModelConfig,
+    params: Params,
+    bank: Bank,
+    rows: Rows,
+    stage: Stage,
+    train: Train,
+    folder: Path,
+    *,
+    max_length: int,
+    mesh: jax.sharding.Mesh,
+    identity: dict[str, Any],
+    reference: Reference | None = None,
+    title: str = "train",
+    console: Console | None = None,
+) -> tuple[Params, Bank]:
+    """Trains what `stage` names on `rows` and returns (params, bank); everything lands under `folder`.
+
+    Continues from the newest checkpoint there, bit for bit. A batch is `train.batch_size` prompts. identity: what a checkpoint
+    must agree with to be resumed. Raises MeetjaxError when the loss is not finite (naming the last good checkpoint), when nothing
+    trains, when a checkpoint is of another run; Interrupted after SIGTERM.
+    """
+    base = "base" in stage.trains
+    trainable, frozen = partition(params, bank, kinds=kinds(bank), base=base)
+    # The step reuses the buffers of its state: what trains is a copy, and what is passed in stays valid.
+    trainable = jax.tree.map(jnp.copy, trainable if base else jax.device_put(trainable, replicated(mesh)))
+    tx = make_optimizer(stage.optim, train.steps)
+    step = make_step(config, stage, tx, train.microbatches)
+    if stage.objective.needs_reference and reference is None:
+        reference = Reference(config, params)
+    batches = loader(rows, train.batch_size, default_buckets(max_length), train.seed)
+    checkpoints = Checkpoints(folder / "checkpoints", identity)
+    stop = threading.Event()
+    with _sigterm_sets(stop), jax.set_mesh(mesh):
+        state = jax.jit(init_state, static_argnums=1)(trainable, tx)
+        if (found := checkpoints.restore(state)) is not None:
+            state, position = found
+            batches.set_state(position)
+        begin, saved = int(state.step), int(state.step)
+        unit = "pairs" if stage.objective.form == "pair" else "examples"
+        log = MetricsLog(folder, train.steps, begin, unit, title, console)
+        seen: set[int] = set()
+        with log:
+            log.console.print(f"{title}: {count_parameters(trainable):,} parameters train, steps {begin} to {train.steps}")
+            pending = None
+            for number in range(begin + 1, train.steps + 1):
+                batch, chosen = next(batches)
+                if reference is not None and stage.objective.needs_reference:
+                    batch = reference.attach(batch, rows, chosen, mesh)
+                state, metrics = step(state, frozen, put_batch(batch, mesh))
+                if pending is not None:  # one step late, so that the device never waits for the host
+                    _write(log, *pending, checkpoints)
+                width = batch.tokens.shape[-1]
+                pending = (number, metrics, float(batch.weights.sum()), int(batch.lengths.sum()), width in seen)
+                seen.add(width)
+                if number % train.save_every == 0 or number == train.steps or stop.is_set():
+                    _write(log, *pending, checkpoints)  # nothing that is not finite is ever saved
+                    pending = None
+                    checkpoints.save(state, batches.get_state())
+                    saved = number
+                if stop.is_set():
+                    checkpoints.close()
+                    raise Interrupted(saved, folder)
+        checkpoints.close()
+    return join(state.trainable, Parts(frozen.params, frozen.adapters))
+
+
+def _write(log: MetricsLog, number: int, metrics: Any, examples: float, tokens: int, timed: bool, checkpoints: Checkpoints) -> None:
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    log.write(number, values, examples=examples, tokens=tokens, timed=timed)
+    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+    if bad:
+        newest = checkpoints.newest
+        raise MeetjaxError(
+            f"{log.folder}: {bad[0]} at step {number}",
+            expected="a finite number",
+            found=values[bad[0]],
+            fix=f"last good checkpoint: {'none' if newest is None else f'step {newest} in {checkpoints.folder}'}; lower the learning rate",
+        )
+
+
+@contextlib.contextmanager
+def _sigterm_sets(stop: threading.Event) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers belong to the main thread; a caller in another one handles its own signals
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def losses(rows: list[dict[str, Any]]) -> list[float]:
+    """The loss of every step of a metrics log."""
+    return [float(np.nan if row["loss"] is None else row["loss"]) for row in rows]

@@ -1,0 +1,140 @@
+"""The training step: differentiate the trainable argument only, update it, and nothing else exists.
+
+The base is the second argument of the loss. It has no gradient, no optimiser state and no mask, because none is ever asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Int
+
+from meetjax.adapters.tree import KINDS, Bank
+from meetjax.errors import MeetjaxError
+from meetjax.models.config import ModelConfig
+from meetjax.objectives.logps import answer_logps
+from meetjax.train.stage import Optim, Stage
+from meetjax.types import Array, Batch, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """One side of the partition: base parameters and adapters, None where the other side has them."""
+
+    params: Params | None = None
+    adapters: Bank | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a step changes and a checkpoint holds."""
+
+    trainable: Parts
+    opt_state: Any
+    step: Int[Array, ""]
+
+
+def partition(params: Params, adapters: Bank | None, *, kinds: tuple[str, ...], base: bool) -> tuple[Parts, Parts]:
+    """(trainable, frozen): the named adapter kinds, and the base when `base`, against all the rest.
+
+    Raises MeetjaxError when nothing would train.
+    """
+    adapters = adapters or Bank()
+    chosen = Bank(**{kind: getattr(adapters, kind) for kind in kinds})
+    rest = Bank(**{kind: getattr(adapters, kind) for kind in KINDS if kind not in kinds})
+    trainable, frozen = Parts(params if base else None, chosen), Parts(None if base else params, rest)
+    if not jax.tree.leaves(trainable):
+        raise MeetjaxError("partition: zero trainable leaves", expected="base or a kind that the bank holds", found=kinds or "none")
+    return trainable, frozen
+
+
+def join(trainable: Parts, frozen: Parts) -> tuple[Params, Bank]:
+    """The inverse of `partition`."""
+    adapters = Bank(**{kind: getattr(trainable.adapters, kind) or getattr(frozen.adapters, kind) for kind in KINDS})
+    return trainable.params or frozen.params, adapters
+
+
+def make_optimizer(optim: Optim, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW under the schedule."""
+    warmup = round(optim.warmup * steps)
+    rate, rest = optim.learning_rate, max(steps - warmup, 1)
+    after = {
+        "cosine": lambda: optax.cosine_decay_schedule(rate, rest),
+        "linear": lambda: optax.linear_schedule(rate, 0.0, rest),
+        "constant": lambda: optax.constant_schedule(rate),
+    }[optim.schedule]()
+    # The warm-up ends at the peak and starts above zero: a step of rate 0 would be wasted.
+    schedule = optax.join_schedules([lambda count: rate * (count + 1) / (warmup + 1), after], [warmup])
+    adamw = optax.inject_hyperparams(optax.adamw, static_args=("b1", "b2", "weight_decay"))(
+        learning_rate=schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay
+    )
+    return optax.chain(optax.clip_by_global_norm(optim.clip), adamw) if optim.clip else adamw
+
+
+def init_state(trainable: Parts, tx: optax.GradientTransformation) -> State:
+    """Step 0: the optimiser has the structure of what trains and of nothing else."""
+    return State(trainable, tx.init(trainable), jnp.zeros((), jnp.int32))
+
+
+def make_loss(config: ModelConfig, objective: Any) -> Callable[[Parts, Parts, Batch], tuple[Array, tuple[Array, dict]]]:
+    """loss(trainable, frozen, batch) -> (summed loss, (normaliser, summed metrics))."""
+
+    def loss(trainable: Parts, frozen: Parts, batch: Batch) -> tuple[Array, tuple[Array, dict]]:
+        params, adapters = join(trainable, frozen)
+        total, count, metrics = objective(answer_logps(config, params, adapters, batch), batch)
+        return total, (count, metrics)
+
+    return loss
+
+
+def make_gradient(config: ModelConfig, objective: Any, microbatches: int = 1) -> Callable[[Parts, Parts, Batch], tuple[Parts, dict]]:
+    """gradient(trainable, frozen, batch) -> (gradient, metrics), the same for every split into micro-batches.
+
+    Sums are accumulated and divided once by the batch's own normaliser (tokens or pairs), so short micro-batches weigh less.
+    """
+    value_and_grad = jax.value_and_grad(make_loss(config, objective), has_aux=True)
+
+    def gradient(trainable: Parts, frozen: Parts, batch: Batch) -> tuple[Parts, dict]:
+        def add(carry: Any, part: Batch) -> tuple[Any, None]:
+            (total, (count, metrics)), grads = value_and_grad(trainable, frozen, part)
+            return jax.tree.map(jnp.add, carry, (total, count, metrics, grads)), None
+
+        if microbatches == 1:
+            (total, (count, metrics)), grads = value_and_grad(trainable, frozen, batch)
+        else:
+            parts = jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), batch)
+            first = jax.tree.map(lambda leaf: leaf[0], parts)
+            shapes = jax.eval_shape(value_and_grad, trainable, frozen, first)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            (total, (count, metrics)), grads = zeros
+            (total, count, metrics, grads), _ = jax.lax.scan(add, (total, count, metrics, grads), parts)
+        count = jnp.maximum(count, 1.0)
+        means = {name: value / jnp.maximum(weight, 1.0) for name, (value, weight) in metrics.items()}
+        return jax.tree.map(lambda leaf: leaf / count, grads), {"loss": total / count} | means
+
+    return gradient
+
+
+def make_step(config: ModelConfig, stage: Stage, tx: optax.GradientTransformation, microbatches: int = 1) -> Callable:
+    """The jitted step(state, frozen, batch) -> (state, metrics); the old state's buffers are reused."""
+    gradient = make_gradient(config, stage.objective, microbatches)
+
+    def step(state: State, frozen: Parts, batch: Batch) -> tuple[State, dict[str, Array]]:
+        grads, metrics = gradient(state.trainable, frozen, batch)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": _rate(opt_state)}
+        return State(optax.apply_updates(state.trainable, updates), opt_state, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _rate(opt_state: Any) -> Array:
+    inner = opt_state if hasattr(opt_state, "hyperparams") else opt_state[-1]
+    return inner.hyperparams["learning_rate"]
