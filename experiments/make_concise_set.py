@@ -28,7 +28,7 @@ CONCISE = "You are a helpful assistant. Answer with one short sentence and nothi
 DETAILED = "You are a helpful assistant. Answer in detail, in one paragraph of three or four sentences."
 LONGEST = 96  # tokens of a detailed answer: what the demo trains on and generates
 CONCISE_LIMIT = 48  # tokens within which the first sentence must end
-SHORTER = 2.0  # a concise answer has at most 1 / SHORTER of the tokens of the detailed one
+SHORTER = 1.5  # a concise answer has at most 1 / SHORTER of the tokens of the detailed one
 SENTENCE_END = re.compile(r"(?<=[a-z)\]\"'”’%][.!?])(?=\s|$)")  # not after a digit or capital: list numbers, initials
 LEAST = 240  # rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ class Split(NamedTuple):
     records: list[Any]
 
 
-def read_rows(data: Data, form: str, tokenizer: Any, console: Console) -> Split:
+def read_rows(data: Data, form: Literal["pair", "completion"], tokenizer: Any, console: Console) -> Split:
     """Reads, splits and tokenises `data`, and prints what was left out and why."""
     records, read = read_records(data.path, form, data.split, data.limit)
     if not data.held_out:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -27,7 +31,7 @@ def align(
     from meetjax.train.stage import Recipe, override
 
     get_config = getattr(_module(file), "get_config", None)
-    recipe = get_config() if callable(get_config) else None
+    recipe = _told_where(file, get_config) if callable(get_config) else None
     if not isinstance(recipe, Recipe):
         raise MeetjaxError(f"{file}: get_config()", expected="a function that returns a Recipe", found=type(recipe).__name__)
     run(override(recipe, list(set)))
@@ -112,13 +116,21 @@ def _module(file: Path):
     if spec is None or spec.loader is None:
         raise MeetjaxError(f"{file}: not a Python file", expected="a name ending in .py")
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except MeetjaxError:
-        raise
-    except Exception as error:
-        raise MeetjaxError(f"{file}: cannot be run", found=f"{type(error).__name__}: {error}") from error
+    _told_where(file, partial(spec.loader.exec_module, module))
     return module
+
+
+def _told_where(file: Path, call: Callable[[], Any]) -> Any:
+    """What the user's code returns; what it raises becomes an error that names the file and the line."""
+    try:
+        return call()
+    except MeetjaxError as error:
+        raise MeetjaxError(f"{file}: {error}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file.absolute())]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        raise MeetjaxError(f"{file}{f':{line}' if line else ''}: cannot be run", found=f"{type(error).__name__}: {error}") from error
 
 
 COMMANDS = {function.__name__: function for function in (align, generate, demo, selftest)}
@@ -135,6 +147,8 @@ def main() -> None:
     from meetjax.models.sources import cache_dir
     from meetjax.train.fit import Interrupted
 
+    if not debug:  # Orbax logs the traceback of a failed write from each of its threads; the error below says it in one line
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
     # Compiled programs are kept between runs: a step of a small model compiles in 10 s and loads in 1 s.
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled")))
     try:

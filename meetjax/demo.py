@@ -26,7 +26,8 @@ from meetjax.adapters.prompt import PromptSpec
 from meetjax.adapters.tree import Bank, count_parameters
 from meetjax.align import read_rows
 from meetjax.data.tokenize import Rows, tokenize_records
-from meetjax.evaluate.curves import margin_and_kl
+from meetjax.errors import MeetjaxError
+from meetjax.evaluate.curves import dial_curve
 from meetjax.evaluate.preference import accuracy, row_logps, shorter_accuracy
 from meetjax.evaluate.report import write_report, write_summary
 from meetjax.generate.requests import Completion, Request, generate_texts
@@ -41,15 +42,15 @@ from meetjax.train.stage import Data, Optim, Recipe, Stage, Train, resolved
 MODEL = "smollm2-135m-instruct"
 SET = Path(meetjax.data.__file__).parent / "concise.jsonl"
 STRENGTHS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0)
-CURVE_PROMPTS = 16
+CURVE_PROMPTS = 12
 SAMPLE_PROMPTS = 3
 MAX_NEW_TOKENS = 96
 
 RECIPE = Recipe(
     name="demo",
     model=MODEL,
-    data=Data(path=str(SET), held_out=40, max_length=192),
-    train=Train(steps=16, batch_size=4, save_every=16),
+    data=Data(path=str(SET), held_out=32, max_length=144),
+    train=Train(steps=12, batch_size=4, save_every=12),
     stages=(
         Stage((PromptSpec(length=8, text="Be brief."),), Dpo(beta=0.1), Optim(learning_rate=1e-2)),
         Stage((LoraSpec(rank=8, alpha=16.0, sites=("q", "v")),), Dpo(beta=0.1), Optim(learning_rate=2e-3)),
@@ -76,6 +77,8 @@ def run(out: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
         rows, held_rows, records = read_rows(recipe.data, "pair", model.tokenizer, console)
         prompts = [record.prompt for record in records[:CURVE_PROMPTS]]
         curve_rows, _ = tokenize_records(records[:CURVE_PROMPTS], model.tokenizer, recipe.data.max_length)
+    if held_rows is None:
+        raise MeetjaxError("demo: data.held_out", expected="> 0", found=0)
     reference = Reference(model.config, model.params)
     with timed("base model on held-out pairs"):
         base = row_logps(model.config, model.params, None, held_rows)
@@ -104,7 +107,9 @@ def run(out: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
         with timed("sweep: generate"):
             answers = _sweep(model, bank, prompts)
         with timed("sweep: margin and KL"):
-            curve = [_point(model, bank, curve_rows, strength, answers[strength]) for strength in STRENGTHS]
+            curve = dial_curve(model.config, model.params, bank, curve_rows, STRENGTHS)
+            for point in curve:
+                point["mean_tokens"] = float(np.mean([answer.tokens for answer in answers[point["strength"]]]))
         history = losses(read_metrics(out / kind))
         summary["kinds"][kind] = _named(accuracy(ratio[:, 0] - ratio[:, 1])) | {
             "trained_parameters": count_parameters(bank),
@@ -132,7 +137,8 @@ def run(out: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
 
 
 def _train(recipe: Recipe, stage: Stage, model: Model, rows: Rows, reference: Reference, folder: Path, console: Console) -> Bank:
-    bank = init_bank(model.config, model.params, stage.trains, model.tokenizer, jax.random.key(recipe.train.seed))
+    specs = tuple(spec for spec in stage.trains if spec != "base")
+    bank = init_bank(model.config, model.params, specs, model.tokenizer, jax.random.key(recipe.train.seed))
     identity = {"recipe": resolved(dataclasses.replace(recipe, stages=(stage,))), "fingerprint": model.fingerprint}
     _, bank = fit(
         model.config, model.params, bank, rows, stage, recipe.train, folder,
@@ -150,12 +156,6 @@ def _sweep(model: Model, bank: Bank, prompts: list[str]) -> dict[float, list[Com
         requests += [Request(prompt, gates=gates, dial=dial) for prompt in prompts]
     answers = generate_texts(model, requests, adapters=bank, max_new_tokens=MAX_NEW_TOKENS, batch_size=len(requests))
     return {strength: answers[i * len(prompts) : (i + 1) * len(prompts)] for i, strength in enumerate(STRENGTHS)}
-
-
-def _point(model: Model, bank: Bank, rows: Rows, strength: float, answers: list[Completion]) -> dict[str, float]:
-    margins, kl = margin_and_kl(model.config, model.params, bank, rows, strength)
-    mean_tokens = float(np.mean([answer.tokens for answer in answers]))
-    return {"strength": strength, "mean_tokens": mean_tokens, "reward_margin": float(margins.mean()), "kl": kl}
 
 
 def _named(facts: dict[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,19 @@ A bank size (gate columns), E adapters of one kind in a bank.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-Array = jax.Array | np.ndarray
+# To a type checker an array is Any: jax, numpy and optax disagree on names for the same thing, and shapes are what matters here.
+if TYPE_CHECKING:
+    Array = Any
+else:
+    Array = jax.Array | np.ndarray
+Tokenizer = Any
+"""A fast transformers tokenizer."""
 Params = dict[str, Any]
 """The frozen base: nested dicts of arrays, named in `models/sites.py`."""
 

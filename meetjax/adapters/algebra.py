@@ -59,6 +59,8 @@ def stack(banks: Sequence[Bank]) -> Bank:
         if trees:
             try:
                 fields[kind] = _STACK[kind](trees)
+                if kind in ("lora", "edit"):
+                    _check_depth(fields[kind])
             except (TypeError, ValueError) as error:
                 fix = "stack adapters of one base model"
                 raise MeetjaxError(f"stack: {kind} adapters do not fit together", found=error, fix=fix) from error
@@ -85,15 +87,15 @@ def merge(config: ModelConfig, params: Params, bank: Bank, gates: Sequence[float
     for kind in ("prompt", "identity"):
         if getattr(bank, kind) is not None:
             raise MeetjaxError(f"merge: {kind} is not part of a linear layer", expected="lora or edit", fix=f"keep {kind} as an adapter")
-    gates = jnp.ones(columns(bank)) if gates is None else jnp.asarray(gates, jnp.float32)
+    strengths = jnp.ones(columns(bank)) if gates is None else jnp.asarray(gates, jnp.float32)
     blocks, biases = dict(params["blocks"]), set(config.biases)
     for name in [field.name for field in dataclasses.fields(Lora)[:7]]:
         weight = blocks[name].astype(jnp.float32)
         if bank.lora is not None and (low_rank := getattr(bank.lora, name)) is not None:
-            strength = gates[jnp.asarray(bank.lora.entries)] * bank.lora.scale
+            strength = strengths[jnp.asarray(bank.lora.entries)] * bank.lora.scale
             weight = weight + jnp.einsum("leir,lero,e->lio", low_rank.a, low_rank.b, strength)
         if bank.edit is not None and (vectors := getattr(bank.edit, name, None)) is not None:
-            strength = gates[jnp.asarray(bank.edit.entries)]
+            strength = strengths[jnp.asarray(bank.edit.entries)]
             s, t = (jnp.einsum("leo,e->lo", v, strength) for v in (vectors.s, vectors.t))
             weight = weight * (1 + s)[:, None]
             bias = blocks[f"{name}_bias"].astype(jnp.float32) * (1 + s) if name in biases else 0.0
@@ -152,6 +154,13 @@ def _stack_edits(trees: Sequence[Edit]) -> Edit:
 
 def _stack_identities(trees: Sequence[Identity]) -> Identity:
     return Identity(_concatenate([tree.block for tree in trees], 1), _entries(trees))
+
+
+def _check_depth(tree: Any) -> None:
+    """Raises ValueError where sites differ in their number of layers; sites that no two trees share meet nowhere else."""
+    depths = sorted({leaf.shape[0] for leaf in jax.tree.leaves(tree)})
+    if len(depths) > 1:
+        raise ValueError(f"sites with {' and '.join(map(str, depths))} layers")
 
 
 def _concatenate(trees: Sequence[Any], axis: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -24,4 +25,5 @@ def init_edit(config: ModelConfig, spec: EditSpec) -> Edit:
         name: jnp.zeros((config.layers, 1, sites.shape(config, sites.BLOCK[name])[-1]), jnp.float32)
         for name in sites.check_sites("edit", spec.sites, sites.EDITABLE)
     }
-    return Edit(**{name: EditSite(leaf, jnp.zeros_like(leaf)) for name, leaf in zeros.items()})
+    fields: dict[str, Any] = {name: EditSite(leaf, jnp.zeros_like(leaf)) for name, leaf in zeros.items()}
+    return Edit(**fields)

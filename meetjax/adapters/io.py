@@ -78,8 +78,8 @@ def load_adapters(folder: str | Path, fingerprint: str | None = None) -> Bank:
     fields: dict[str, Any] = {}
     for kind, facts in manifest["kinds"].items():
         own = {path.removeprefix(kind + "/"): jnp.asarray(leaf) for path, leaf in leaves.items() if path.startswith(kind + "/")}
-        entries = tuple(facts["entries"])
         try:
+            entries = tuple(facts["entries"])
             if kind == "prompt":
                 fields[kind] = Prompt(own["vectors"], entries)
             elif kind == "lora":
@@ -88,9 +88,15 @@ def load_adapters(folder: str | Path, fingerprint: str | None = None) -> Bank:
                 fields[kind] = Edit(**_by_site(own, EditSite, ("s", "t")), entries=entries)
             else:
                 fields[kind] = Identity({path.removeprefix("block/"): leaf for path, leaf in own.items()}, entries)
-        except (KeyError, TypeError) as error:
+            counts = {leaf.shape[0 if kind == "prompt" else 1] for leaf in own.values()}
+            if counts != {len(entries)}:
+                raise ValueError(f"{len(entries)} gate columns for {sorted(counts)} adapters")
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise MeetjaxError(f"{folder / FILE}: leaves of {kind} do not match the manifest", found=error) from None
-    return Bank(**fields)
+    bank = Bank(**fields)
+    if spare := sorted(set(leaves) - set(flatten(bank))):
+        raise MeetjaxError(f"{folder / FILE}: leaves that the manifest does not name", found=spare[0], fix="copy both files again")
+    return bank
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

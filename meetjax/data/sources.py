@@ -82,11 +82,12 @@ def _parquet_rows(path: Path, source: str | Path) -> Iterator[tuple[dict[str, An
 
 def _hub_rows(source: str, split: str | None) -> Iterator[tuple[dict[str, Any], str]]:
     import datasets  # heavy, and only this branch needs it
+    from datasets.exceptions import DatasetsError
 
     name, _, folder = source.partition(":")
     try:
-        found = datasets.load_dataset(name, data_dir=folder or None, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        found: Any = datasets.load_dataset(name, data_dir=folder or None, split=split)
+    except (OSError, ValueError, DatasetsError) as error:
         where = source if split is None else f"{source}[{split}]"
         raise MeetjaxError(f"{where}: cannot be loaded from the hub", expected="a set and split that exist", found=error) from error
     if isinstance(found, dict):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import jinja2
 
 from meetjax.data.records import Message, Prompt
 from meetjax.errors import MeetjaxError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from meetjax.types import Tokenizer
 
 TEMPLATES = ("auto", "chat", "none")
 
@@ -19,7 +17,7 @@ class TemplateRefusal(MeetjaxError):
     """The chat template raised on this prompt (for example: two turns of one role in a row)."""
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+def check_template(tokenizer: Tokenizer, template: str) -> None:
     """Raises MeetjaxError when `template` is unknown, or is "chat" and the tokenizer has no chat template."""
     if template not in TEMPLATES:
         raise MeetjaxError("template", expected=" or ".join(TEMPLATES), found=repr(template))
@@ -32,7 +30,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         )
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Literal["auto", "chat", "none"] = "auto") -> str:
+def render_prompt(tokenizer: Tokenizer, prompt: Prompt, template: Literal["auto", "chat", "none"] = "auto") -> str:
     """The text before the answer.
 
     Conversations go through the tokenizer's chat template, opened for the assistant's turn. Plain text stays as it is under

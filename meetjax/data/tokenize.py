@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -14,9 +14,7 @@ from meetjax.data.audit import Audit, Finding, require_rows, tally
 from meetjax.data.records import EMPTY, Completion, Pair, answers
 from meetjax.data.template import TemplateRefusal, check_template, render_prompt
 from meetjax.errors import MeetjaxError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from meetjax.types import Tokenizer
 
 CHUNK = 1024  # records handed to the tokenizer at once; it works on their texts in parallel
 
@@ -62,7 +60,7 @@ def answer_ids(rows: Rows, n: int, c: int) -> Int[np.ndarray, " length"]:
 
 def tokenize_records(
     records: Sequence[Pair] | Sequence[Completion],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     max_length: int,
     template: Literal["auto", "chat", "none"] = "auto",
     progress: Callable[[int, int], None] | None = None,
@@ -113,7 +111,7 @@ def tokenize_records(
     return rows, Audit(len(rows), excluded, noted, stats)
 
 
-def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def added_bos(tokenizer: Tokenizer) -> int | None:
     """The id of BOS if the tokenizer puts one before every text by itself, else None."""
     bos = tokenizer.bos_token_id
     return bos if bos is not None and tokenizer("a", verbose=False).input_ids[:1] == [bos] else None
@@ -125,7 +123,7 @@ def distinct_tokens(rows: Rows) -> int:
     return int(rows.lengths.sum() - shared[rows.prompt_equal].sum())
 
 
-def _check(records: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int, template: str) -> None:
+def _check(records: Sequence[Any], tokenizer: Tokenizer, max_length: int, template: str) -> None:
     if not records:
         raise MeetjaxError("tokenize: records", expected="at least one", found="none")
     forms = {type(record).__name__ for record in records}
@@ -140,7 +138,7 @@ def _check(records: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_lengt
     check_template(tokenizer, template)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Any]:
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Any]:
     if not texts:
         return []
     found = tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, return_attention_mask=False, verbose=False)

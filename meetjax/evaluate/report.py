@@ -34,7 +34,7 @@ PLOTS = (  # field of a curve point, axis title with unit, caption
     (
         "reward_margin",
         "implicit reward margin (nats)",
-        "How much further the dial moves the chosen answer up than the rejected one, against the base model. Above 0 it prefers the chosen.",
+        "How much further the dial moves the chosen answer than the rejected one, against the base model. Above 0 it prefers the chosen.",
     ),
     ("kl", "KL to the base (nats per token)", "How far the dialled model's next-token distribution has moved away from the base model's."),
 )
@@ -59,8 +59,8 @@ def write_report(summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]
     """Writes `folder/report.html`, one file that refers to nothing outside itself, and returns its path.
 
     summary: the mapping that `write_summary` stores, with `FIELDS`, and `KIND_FIELDS` for each kind. Accuracies are fractions, times
-    seconds, `peak_rss_gb` 1e9 bytes, `losses` nats a step. samples: {"prompt", "kind", "answers": {strength: text}}, each prompt in order of
-    first appearance. Raises MeetjaxError for a missing field or when the file cannot be written.
+    seconds, `peak_rss_gb` 1e9 bytes, `losses` nats a step. samples: {"prompt", "kind", "answers": {strength: text}}, each prompt
+    in order of first appearance. Raises MeetjaxError for a missing field or when the file cannot be written.
     """
     _check(summary)
     for number, sample in enumerate(samples):
@@ -223,9 +223,9 @@ def _accuracy(summary: Mapping[str, Any]) -> str:
     cells = ("shorter answer", _percent(shorter), "", _glyph(_float(shorter), None, "var(--muted)"), "", "0", "", "", "")
     rows.append(_row(cells, numeric, "reference"))
     return f"""<h2>Held-out accuracy</h2>
-<p class="note">How often the implicit reward of the chosen answer is above that of the rejected one, on pairs never trained on; a tie counts
-one half, so a model that has learnt nothing scores 50&nbsp;%. Interval: Wilson, 95&nbsp;%. “Shorter answer” is the rule that always picks the
-shorter of the two: what could be reached without reading.</p>
+<p class="note">How often the implicit reward of the chosen answer is above that of the rejected one, on pairs never trained on; a tie
+counts one half, so a model that has learnt nothing scores 50&nbsp;%. Interval: Wilson, 95&nbsp;%. “Shorter answer” is the rule that
+always picks the shorter of the two: what could be reached without reading.</p>
 <div class="scroll"><table><thead>{_row(heads, numeric, cell="th")}</thead><tbody>{"".join(rows)}</tbody></table></div>"""
 
 

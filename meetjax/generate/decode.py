@@ -36,12 +36,12 @@ def generate_tokens(
     """
     stop = jnp.asarray(config.eos_token_ids or (-1,), jnp.int32)
     batch, width = tokens.shape
-    limit = jnp.full(batch, max_new_tokens, jnp.int32) if limit is None else limit
+    most = jnp.full(batch, max_new_tokens, jnp.int32) if limit is None else limit
     hidden, cache = prefill(config, params, tokens, pad, width + max_new_tokens, adapters, gates, dial)
     first = sample(logits(params, hidden), rows, jnp.int32(0))
     out = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(first)
     count = jnp.ones(batch, jnp.int32)
-    done = jnp.isin(first, stop) | (limit <= 1)
+    done = jnp.isin(first, stop) | (most <= 1)
 
     def going(carry: Any) -> Array:
         step, _, done, *_ = carry
@@ -54,7 +54,7 @@ def generate_tokens(
         new = jnp.where(done, 0, new)
         out = jax.lax.dynamic_update_slice_in_dim(out, new[:, None], step, axis=1)
         count = count + (~done).astype(jnp.int32)
-        return step + 1, new, done | jnp.isin(new, stop) | (count >= limit), count, out, cache
+        return step + 1, new, done | jnp.isin(new, stop) | (count >= most), count, out, cache
 
     start = (jnp.int32(1), first, done, count, out, cache)
     _, _, _, count, out, _ = jax.lax.while_loop(going, body, start)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
-from meetjax.adapters.tree import Bank, check_gates
+from meetjax.adapters.tree import Bank, check_gates, columns
 from meetjax.data.records import Message
 from meetjax.data.template import render_prompt
 from meetjax.data.tokenize import added_bos
@@ -54,15 +54,19 @@ def generate_texts(
     adapters: Bank | None = None,
     max_new_tokens: int = 256,
     batch_size: int = 32,
-    template: str = "auto",
+    template: Literal["auto", "chat", "none"] = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> list[Completion]:
     """Answers in the order of the requests. model: `meetjax.load`'s; longest prompts are run first, `batch_size` rows at a time.
 
     Raises MeetjaxError for gates of another shape, a negative gate of a soft prompt, or a prompt beyond the model's positions.
     """
-    if max_new_tokens < 1:
-        raise MeetjaxError("max_new_tokens", expected=">= 1", found=max_new_tokens)
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise MeetjaxError(name, expected=">= 1", found=value)
+    for request in requests:
+        if not 0 <= request.seed < 2**31:
+            raise MeetjaxError("sampling: seed", expected="0 to 2^31 - 1", found=request.seed)
     params = unstack(model.params) if "blocks" in model.params else model.params
     encoded = [_encode(model, request, template, max_new_tokens) for request in requests]
     order = sorted(range(len(requests)), key=lambda i: (-len(encoded[i]), i))
@@ -82,7 +86,7 @@ def generate_texts(
     return [result for result in results if result is not None]
 
 
-def _encode(model: Any, request: Request, template: str, max_new_tokens: int) -> list[int]:
+def _encode(model: Any, request: Request, template: Literal["auto", "chat", "none"], max_new_tokens: int) -> list[int]:
     prompt = request.prompt
     if request.system is not None:
         turns = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
@@ -114,9 +118,10 @@ def _run(
         tokens[row, pad[row] :] = ids
     gates = None
     if any(request.gates is not None for request in requests):
-        full = next(len(request.gates) for request in requests if request.gates is not None)
-        gates = np.asarray([request.gates if request.gates is not None else (1.0,) * full for request in requests], np.float32)
-        check_gates(adapters, gates, len(requests))
+        given = [(1.0,) * (columns(adapters) if adapters else 0) if request.gates is None else request.gates for request in requests]
+        for own in given:  # before they become one array, which rows of unequal length cannot
+            check_gates(adapters, np.asarray([own], np.float32), 1)
+        gates = np.asarray(given, np.float32)
     dial = None
     if any(request.dial is not None for request in requests):
         dial = np.asarray([1.0 if request.dial is None else request.dial for request in requests], np.float32)

@@ -160,7 +160,8 @@ def make_step_layout(
 
 def attention(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], bias: Array | None) -> Array:
     """softmax(q k / sqrt(H) + bias) v, grouped heads; bias None is plain causal."""
-    return jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=bias is None)
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own code widens bfloat16 scores to float32 by promotion
+        return jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=bias is None)
 
 
 def make_attend(layout: Layout, windowed: bool | Array = True, cache: tuple[Array, Array] | None = None):
@@ -170,13 +171,14 @@ def make_attend(layout: Layout, windowed: bool | Array = True, cache: tuple[Arra
     new keys are written at `layout.slot` and the queries attend to all of it. Without it they attend to their own keys.
     """
     bias = layout.bias
-    if layout.window_bias is not None:
-        bias = jnp.where(windowed, layout.window_bias, layout.bias)
+    if layout.window_bias is not None and bias is not None:
+        bias = jnp.where(windowed, layout.window_bias, bias)
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
         q, k = rotate(q, layout.angles), rotate(k, layout.angles)
-        if cache is not None:
-            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, layout.slot, axis=1) for old, new in zip(cache, (k, v), strict=True))
+        slot = layout.slot
+        if cache is not None and slot is not None:
+            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1) for old, new in zip(cache, (k, v), strict=True))
         return attention(q, k, v, bias), (k, v)
 
     return attend

@@ -34,7 +34,8 @@ class ModelConfig:
     """Shape and constants of one decoder; hashable, so it can be a static argument of `jax.jit`.
 
     Lengths are in tokens. `sliding_window` None means full causal attention; `window_layers` names the layers that use
-    the window (None: all). `biases` names the linear sites that have one. `remat` is `none`, `dots` or `full` and `dtype` the activation dtype (weights keep theirs).
+    the window (None: all). `biases` names the linear sites that have one. `remat` is `none`,
+    `dots` or `full` and `dtype` the activation dtype (weights keep theirs).
     """
 
     model_type: str
@@ -96,7 +97,7 @@ def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling]:
         )
     if kind == "default":
         return theta, RopeScaling()
-    fields = {"factor": float(rope.get("factor", 1.0))}
+    fields: dict[str, Any] = {"factor": float(rope.get("factor", 1.0))}
     if kind == "llama3":
         for field in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
             if field not in rope:

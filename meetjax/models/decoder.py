@@ -73,7 +73,8 @@ class Decoder(nn.Module):
         kept = []
         if self.stacked:
             body = Block if config.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-            scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=config.layers)
+            scanned: Any = (0, nn.broadcast)
+            scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=scanned, length=config.layers)
             layer = {"windowed": jnp.asarray(windowed), "lora": lora, "edit": edit, "cache": None}
             h, _ = scan(config, name="blocks")(h, layer, shared)
         else:
@@ -90,7 +91,8 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     tokens = jnp.zeros((1, 2), jnp.int32)
     layout = make_layout(config, text_rows(config, tokens))
     plain = dataclasses.replace(config, remat="none")
-    return Decoder(plain).init(key, tokens, lambda h: (h, (layout, layers.Gates(None, None))), None)["params"]
+    made: Any = Decoder(plain).init(key, tokens, lambda h: (h, (layout, layers.Gates(None, None))), None)
+    return made["params"]
 
 
 def unstack(params: Params) -> Params:
@@ -142,7 +144,7 @@ def _forward(
         return layout, block_gates(bank, of_gates)
 
     def enter(h: Array):
-        if prompt_length:
+        if prompt is not None and prompt_length:
             vectors = prompt.vectors.astype(h.dtype).reshape(1, prompt_length, -1)
             h = layers.pin(jnp.concatenate([jnp.broadcast_to(vectors, (h.shape[0], *vectors.shape[1:])), h], axis=1))
         entered: dict[int | None, Array] = {None: h}
@@ -164,7 +166,8 @@ def _forward(
 
     decoder = Decoder(config, stacked="blocks" in params, keep=keep)
     caches = None if cache is None else cache.blocks
-    h, kept = decoder.apply({"params": params}, tokens, enter, bank, caches)
+    made: Any = decoder.apply({"params": params}, tokens, enter, bank, caches)
+    h, kept = made
     return mix(h[:, prompt_length:], streams), kept, identity_kept
 
 

@@ -109,7 +109,8 @@ def read_header(path: Path) -> tuple[Header, np.memmap]:
     """(header, the mapped file). Raises MeetjaxError for a file that is missing, no GGUF, cut short or of an unsupported type."""
     try:
         data = np.memmap(path, np.uint8, "r")
-        header = _parse_header(memoryview(data))
+        buffer: Any = data
+        header = _parse_header(memoryview(buffer))
     except FileNotFoundError:
         raise MeetjaxError(f"{path}: no such file") from None
     except (ValueError, struct.error, OverflowError, MemoryError) as error:

@@ -46,12 +46,12 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise MeetjaxError(f"{folder / INDEX}: field weight_map", expected="an object from tensor to file", found=weight_map)
-    files: dict[Path, set[str] | None] = {}
+    files: dict[Path, set[str]] = {}
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise MeetjaxError(f"{folder / INDEX}: file of tensor {tensor}", expected="a file name in the same folder", found=file)
         files.setdefault(folder / file, set()).add(tensor)
-    return files
+    return dict(files)
 
 
 def _open_tensors(folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -66,8 +66,8 @@ def _open_tensors(folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:
             raise MeetjaxError(f"{path}: no such file, though {INDEX} names it", fix="fetch the missing file") from None
         except (SafetensorError, OSError) as error:
             raise MeetjaxError(f"{path}: not a whole safetensors file", found=str(error), fix="fetch the file again") from None
-        for tensor in sorted((found ^ expected) if expected is not None else ()):
-            what = "lacks tensor" if tensor in expected else "holds a tensor unknown to the index,"
+        for tensor in sorted(found ^ expected if expected is not None else ()):
+            what = "lacks tensor" if expected and tensor in expected else "holds a tensor unknown to the index,"
             raise MeetjaxError(f"{path}: {what} {tensor}", fix=f"make {INDEX} and the files agree")
         slices |= {tensor: handle.get_slice(tensor) for tensor in found}
         origin |= dict.fromkeys(found, path)

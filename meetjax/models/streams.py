@@ -39,19 +39,18 @@ def make_streams(bank: Any, gates: Float[Array, "B A"] | None, dial: Float[Array
         return Streams(None, None, (None,))
     if dial is None and (not entries or (gates is None and len(entries) == 1)):
         return Streams(gates, None, (0 if entries else None,))
-    if gates is None:
-        present = [tree for tree in (bank.prompt, bank.lora, bank.edit, bank.identity) if tree is not None]
-        gates = jnp.ones((rows, 1 + max(max(tree.entries) for tree in present)), jnp.float32)
-    gates = gates.astype(jnp.float32)
-    own = [gates[:, entry] for entry in entries]
+    present = [tree for tree in (bank.prompt, bank.lora, bank.edit, bank.identity) if tree is not None]
+    full = jnp.ones((rows, 1 + max(max(tree.entries) for tree in present)), jnp.float32) if gates is None else gates
+    full = full.astype(jnp.float32)
+    own = [full[:, entry] for entry in entries]
     weights = [*own, 1 - sum(own)] if own else [jnp.ones(rows, jnp.float32)]
     blocks: list[int | None] = [*range(len(own)), None]
-    stream_gates = [gates] * len(weights)
+    stream_gates = [full] * len(weights)
     if dial is not None:
         weights = [dial * weight for weight in weights] + [1 - dial]
-        blocks, stream_gates = [*blocks, None], [*stream_gates, jnp.zeros_like(gates)]
+        blocks, stream_gates = [*blocks, None], [*stream_gates, jnp.zeros_like(full)]
     stacked = jnp.stack(stream_gates, axis=1)
-    return Streams(stacked.reshape(-1, gates.shape[1]), jnp.stack(weights, axis=1), tuple(blocks))
+    return Streams(stacked.reshape(-1, full.shape[1]), jnp.stack(weights, axis=1), tuple(blocks))
 
 
 def repeat(x: Float[Array, "B ..."], streams: Streams) -> Float[Array, "BS ..."]:

@@ -78,7 +78,7 @@ def _place_leaf(checkpoint: Checkpoint, site: Site, shape: tuple[int, ...], dtyp
         return jax.make_array_from_callback(shape, sharding, lambda index: host[index])
     read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-    def part(index: Index) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         # Called once a device: devices that hold the same part must not read it again.
         bounds = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
         if bounds not in read:

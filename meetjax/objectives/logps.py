@@ -33,7 +33,7 @@ def token_logps(params: Params, hidden: Float[Array, "M D"], targets: Int[Array,
 
 def answer_mask(starts: Int[Array, "... "], lengths: Int[Array, "..."], width: int) -> Float[Array, "... T-1"]:
     """1 where position t predicts an answer token or its EOS, i.e. start <= t + 1 < length: from lengths, never from values."""
-    target = jnp.arange(1, width)
+    target = jnp.expand_dims(jnp.arange(1, width), tuple(range(starts.ndim)))
     return ((target >= starts[..., None]) & (target < lengths[..., None])).astype(jnp.float32)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ class Dpo:
     """Direct preference optimisation; the reference is the same model without adapters."""
 
     beta: float = 0.1
-    form: ClassVar[str] = "pair"
+    form: ClassVar[Literal["pair"]] = "pair"
     needs_reference: ClassVar[bool] = True
 
     def __call__(self, logps: Float[Array, "B 2"], batch: Batch) -> tuple[Array, Array, dict[str, tuple[Array, Array]]]:
@@ -49,4 +49,4 @@ class Dpo:
 
 def preferred(margins: Float[Array, " B"]) -> Float[Array, " B"]:
     """1 where the chosen answer wins, 0 where it loses, 1/2 for a tie (an untrained adapter ties everywhere)."""
-    return (margins > 0) + 0.5 * (margins == 0)
+    return (margins > 0).astype(jnp.float32) + 0.5 * (margins == 0).astype(jnp.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Float
@@ -20,10 +20,10 @@ def sft_loss(logps: Float[Array, "B 1"], tokens: Float[Array, "B 1"], weights: F
 class Sft:
     """Answer-only likelihood of demonstrations, or of the chosen answers of pairs."""
 
-    form: ClassVar[str] = "completion"
+    form: ClassVar[Literal["completion"]] = "completion"
     needs_reference: ClassVar[bool] = False
 
-    def __call__(self, logps: Float[Array, "B 1"], batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+    def __call__(self, logps: Float[Array, "B 1"], batch: Batch) -> tuple[Array, Array, dict[str, tuple[Array, Array]]]:
         """(summed loss, normaliser, summed metrics with their normaliser)."""
         tokens = (batch.lengths - batch.starts).astype(jnp.float32)
         total, count = sft_loss(logps, tokens, batch.weights)

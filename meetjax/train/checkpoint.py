@@ -25,9 +25,11 @@ class Checkpoints:
         """identity: what must agree to resume (recipe, base fingerprint), stored with every checkpoint."""
         self.folder = folder.absolute()
         self.identity = json.loads(json.dumps(identity, default=str))
-        policies = ocp.training.preservation_policies
+        place: Any = self.folder
+        keep: Any = ocp.training.preservation_policies.LatestN(KEEP)
         with self._told("opened"):
-            self._orbax = ocp.training.Checkpointer(self.folder, preservation_policy=policies.LatestN(KEEP))
+            # A killed run leaves a half-written folder behind, which only takes space.
+            self._orbax = ocp.training.Checkpointer(place, preservation_policy=keep, cleanup_tmp_directories=True)
 
     def save(self, state: State, loader: dict[str, Any]) -> None:
         """Starts writing the state after `state.step` steps; waits only for the save before it."""
@@ -36,7 +38,8 @@ class Checkpoints:
             if self._orbax.latest is None or self._orbax.latest.step < step:
                 # A copy, because the next training step donates these buffers while the write goes on.
                 leaves = jax.tree.map(lambda leaf: leaf.copy(), flatten(state))
-                self._orbax.save_checkpointables_async(step, {"state": leaves, "loader": loader, "identity": self.identity})
+                # Forced, because Orbax otherwise skips a step silently while the one before it is being written.
+                self._orbax.save_checkpointables_async(step, {"state": leaves, "loader": loader, "identity": self.identity}, force=True)
 
     def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
         """The newest (state, loader position), placed as `like` is; None when there is none.
@@ -62,7 +65,9 @@ class Checkpoints:
 
     @property
     def newest(self) -> int | None:
-        """Step of the newest finished checkpoint."""
+        """Step of the newest finished checkpoint; waits for the write that goes on."""
+        with self._told("written"):
+            self._orbax.wait()
         return None if self._orbax.latest is None else self._orbax.latest.step
 
     def close(self) -> None:

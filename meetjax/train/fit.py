@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from meetjax.adapters.tree import Bank, count_parameters, kinds
+from meetjax.adapters.bank import KIND_OF
+from meetjax.adapters.tree import Bank, count_parameters
 from meetjax.data.loader import default_buckets, loader
 from meetjax.data.tokenize import Rows
 from meetjax.errors import MeetjaxError
@@ -59,7 +60,8 @@ def fit(
     trains, when a checkpoint is of another run; Interrupted after SIGTERM.
     """
     base = "base" in stage.trains
-    trainable, frozen = partition(params, bank, kinds=kinds(bank), base=base)
+    named = tuple(KIND_OF[type(spec)] for spec in stage.trains if spec != "base")
+    trainable, frozen = partition(params, bank, kinds=named, base=base)
     # The step reuses the buffers of its state: what trains is a copy, and what is passed in stays valid.
     trainable = jax.tree.map(jnp.copy, trainable if base else jax.device_put(trainable, replicated(mesh)))
     tx = make_optimizer(stage.optim, train.steps)
@@ -67,9 +69,9 @@ def fit(
     if stage.objective.needs_reference and reference is None:
         reference = Reference(config, params)
     batches = loader(rows, train.batch_size, default_buckets(max_length), train.seed)
-    checkpoints = Checkpoints(folder / "checkpoints", identity)
     stop = threading.Event()
-    with _sigterm_sets(stop), jax.set_mesh(mesh):
+    # Leaving the block waits for the last write, so that what is said to be saved is, whatever ends the loop.
+    with _sigterm_sets(stop), contextlib.closing(Checkpoints(folder / "checkpoints", identity)) as checkpoints, jax.set_mesh(mesh):
         state = jax.jit(init_state, static_argnums=1)(trainable, tx)
         if (found := checkpoints.restore(state)) is not None:
             state, position = found
@@ -91,15 +93,16 @@ def fit(
                 width = batch.tokens.shape[-1]
                 pending = (number, metrics, float(batch.weights.sum()), int(batch.lengths.sum()), width in seen)
                 seen.add(width)
-                if number % train.save_every == 0 or number == train.steps or stop.is_set():
+                stopping = stop.is_set()  # read once, so that the loop does not end on a step that is not saved
+                if number % train.save_every == 0 or number == train.steps or stopping:
                     _write(log, *pending, checkpoints)  # nothing that is not finite is ever saved
                     pending = None
                     checkpoints.save(state, batches.get_state())
                     saved = number
-                if stop.is_set():
-                    checkpoints.close()
-                    raise Interrupted(saved, folder)
-        checkpoints.close()
+                if stopping:
+                    break
+    if stop.is_set():
+        raise Interrupted(saved, folder)
     return join(state.trainable, Parts(frozen.params, frozen.adapters))
 
 

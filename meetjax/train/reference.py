@@ -1,4 +1,4 @@
-"""Reference log-probabilities: the same forward without adapters, computed once for each row and remembered."""
+"""Reference log-probabilities: the same forward without adapters, computed once for each batch and remembered."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ base_logps = partial(jax.jit, static_argnums=0)(lambda config, params, batch: an
 
 
 class Reference:
-    """s_ref of every row asked for so far, keyed by the row's content hash; share one between runs on the same base."""
+    """s_ref of every batch asked for so far, keyed by its rows' content and its padded length; share one between runs on the same base.
+
+    By batch and not by row: the last bits of a row's score depend on its company, and a resumed run, which meets the batches in
+    another order than the run it continues, must see the same bits where a set repeats a row.
+    """
 
     def __init__(self, config: ModelConfig, params: Params):
         self._config, self._params = config, params
-        self._known: dict[str, Float[np.ndarray, " C"]] = {}
+        self._known: dict[tuple[str, ...], Float[np.ndarray, "B C"]] = {}
 
     def attach(self, batch: Batch, rows: Rows, chosen: np.ndarray, mesh: jax.sharding.Mesh) -> Batch:
-        """The batch with `ref_logps`; batches with a new row cost one forward pass."""
-        names = rows.hashes[chosen]
-        if any(name not in self._known for name in names):
-            values = np.asarray(base_logps(self._config, self._params, put_batch(batch, mesh)))
-            self._known.update(zip(names, values, strict=True))
-        return dataclasses.replace(batch, ref_logps=np.stack([self._known[name] for name in names]))
+        """The batch with `ref_logps`; a new batch costs one forward pass."""
+        key = (str(batch.tokens.shape), *rows.hashes[chosen])
+        if key not in self._known:
+            self._known[key] = np.asarray(base_logps(self._config, self._params, put_batch(batch, mesh)))
+        return dataclasses.replace(batch, ref_logps=self._known[key])

@@ -23,7 +23,7 @@ def make_mesh(shape: tuple[int, int, int], devices: list[Any] | None = None) -> 
     """A mesh (data, fsdp, model) with Auto axes over the first devices. Raises MeetjaxError when there are too few."""
     devices = jax.devices() if devices is None else devices
     count = math.prod(shape)
-    if len(shape) != len(MESH_AXES) or count < 1 or count > len(devices):
+    if len(shape) != len(MESH_AXES) or min(shape) < 1 or count > len(devices):
         raise MeetjaxError(
             "recipe: train.mesh",
             expected=f"(data, fsdp, model) with a product of 1 to {len(devices)} devices",

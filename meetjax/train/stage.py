@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import math
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from meetjax.adapters.bank import KIND_OF, Spec
 from meetjax.adapters.lora import LoraSpec
@@ -75,28 +77,44 @@ class Recipe:
 
 def check_recipe(recipe: Recipe) -> None:
     """Raises MeetjaxError for a recipe that cannot run, naming the field."""
+    _check_type(recipe, Recipe, "")
     if not recipe.stages:
         raise MeetjaxError("recipe: stages", expected="at least one", found="none")
-    for i, stage in enumerate(recipe.stages):
-        if not stage.trains:
-            raise MeetjaxError(
-                f"recipe: stages.{i}.trains: zero trainable leaves", expected="base or some of " + ", ".join(KIND_OF.values()), found="()"
-            )
-    for field, value, low in (
-        ("train.steps", recipe.train.steps, 1),
-        ("train.batch_size", recipe.train.batch_size, 1),
-        ("train.microbatches", recipe.train.microbatches, 1),
-        ("train.save_every", recipe.train.save_every, 1),
-        ("data.held_out", recipe.data.held_out, 0),
-        ("data.max_length", recipe.data.max_length, 8),
-    ):
-        if value < low:
-            raise MeetjaxError(f"recipe: {field}", expected=f">= {low}", found=value)
     if not recipe.data.path:
         raise MeetjaxError("recipe: data.path is empty", fix="give a file or hub id: --set data.path=FILE")
-    if recipe.train.batch_size % recipe.train.microbatches:
-        expected = f"a divisor of train.batch_size = {recipe.train.batch_size}"
-        raise MeetjaxError("recipe: train.microbatches", expected=expected, found=recipe.train.microbatches)
+    data, train = recipe.data, recipe.train
+    bounds: list[tuple[str, float, bool, str]] = [
+        ("train.steps", train.steps, train.steps >= 1, ">= 1"),
+        ("train.batch_size", train.batch_size, train.batch_size >= 1, ">= 1"),
+        ("train.microbatches", train.microbatches, train.microbatches >= 1, ">= 1"),
+        ("train.save_every", train.save_every, train.save_every >= 1, ">= 1"),
+        ("train.seed", train.seed, 0 <= train.seed < 2**32, "0 to 2^32 - 1"),
+        ("data.held_out", data.held_out, data.held_out >= 0, ">= 0"),
+        ("data.max_length", data.max_length, data.max_length >= 8, ">= 8"),
+        ("data.limit", data.limit or 0, data.limit is None or data.limit >= 1, ">= 1"),
+        ("data.seed", data.seed, 0 <= data.seed < 2**32, "0 to 2^32 - 1"),
+    ]
+    for i, stage in enumerate(recipe.stages):
+        if not stage.trains:
+            expected = "base or some of " + ", ".join(KIND_OF.values())
+            raise MeetjaxError(f"recipe: stages.{i}.trains: zero trainable leaves", expected=expected, found="()")
+        optim, where = stage.optim, f"stages.{i}.optim"
+        bounds += [
+            (f"{where}.learning_rate", optim.learning_rate, optim.learning_rate > 0, "> 0"),
+            (f"{where}.warmup", optim.warmup, 0 <= optim.warmup <= 1, "a fraction, 0 to 1"),
+            (f"{where}.weight_decay", optim.weight_decay, optim.weight_decay >= 0, ">= 0"),
+            (f"{where}.clip", optim.clip, optim.clip >= 0, ">= 0"),
+            (f"{where}.b1", optim.b1, 0 <= optim.b1 < 1, "at least 0 and less than 1"),
+            (f"{where}.b2", optim.b2, 0 <= optim.b2 < 1, "at least 0 and less than 1"),
+        ]
+        if isinstance(stage.objective, Dpo):
+            bounds.append((f"stages.{i}.objective.beta", stage.objective.beta, stage.objective.beta > 0, "> 0"))
+    for field, value, ok, expected in bounds:
+        if not ok:
+            raise MeetjaxError(f"recipe: {field}", expected=expected, found=value)
+    if train.batch_size % train.microbatches:
+        expected = f"a divisor of train.batch_size = {train.batch_size}"
+        raise MeetjaxError("recipe: train.microbatches", expected=expected, found=train.microbatches)
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
@@ -112,47 +130,114 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def override(recipe: Recipe, assignments: list[str]) -> Recipe:
-    """Applies `field.path=value` settings; tuples are indexed (`stages.0.optim.learning_rate=1e-3`).
+    """Applies `field.path=value` settings; tuples are indexed (`stages.0.optim.learning_rate=1e-3`) or given whole (`a,b`).
 
-    Raises MeetjaxError for an unknown field, listing those that exist, or a value of another type.
+    Raises MeetjaxError for an unknown field, listing those that exist, or a value that is not of the field's type.
     """
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise MeetjaxError(f"--set {assignment}", expected="field=value", found="no =")
-        recipe = _replaced(recipe, path.split("."), text, path)
+        recipe = _replaced(recipe, Recipe, path.split("."), text, path)
     return recipe
 
 
-def _replaced(node: Any, path: list[str], text: str, whole: str) -> Any:
+def _replaced(node: Any, hint: Any, path: list[str], text: str, whole: str) -> Any:
     if not path:
-        return _parsed(node, text, whole)
+        value = _parsed(hint, text)
+        if value is UNREADABLE:
+            raise MeetjaxError(f"--set {whole}: value", expected=_told(hint), found=repr(text))
+        return value
     head, rest = path[0], path[1:]
     if isinstance(node, tuple):
         if not head.isdigit() or int(head) >= len(node):
             raise MeetjaxError(f"--set {whole}: index {head}", expected=f"0 to {len(node) - 1}", found=head)
-        return tuple(_replaced(item, rest, text, whole) if i == int(head) else item for i, item in enumerate(node))
-    names = [field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
-    if head not in names:
-        raise MeetjaxError(f"--set {whole}: field {head}", expected="one of " + (", ".join(names) or "no further field"), found=head)
-    try:
-        return dataclasses.replace(node, **{head: _replaced(getattr(node, head), rest, text, whole)})
-    except TypeError as error:
-        raise MeetjaxError(f"--set {whole}", found=error) from None
+        own = _item_hints(hint, len(node))[int(head)]
+        return tuple(_replaced(item, own, rest, text, whole) if i == int(head) else item for i, item in enumerate(node))
+    fields = _field_hints(type(node)) if dataclasses.is_dataclass(node) else {}
+    if head not in fields:
+        raise MeetjaxError(f"--set {whole}: field {head}", expected="one of " + (", ".join(fields) or "no further field"), found=head)
+    copy: Any = dataclasses.replace
+    return copy(node, **{head: _replaced(getattr(node, head), fields[head], rest, text, whole)})
 
 
-def _parsed(old: Any, text: str, whole: str) -> Any:
-    """`text` as a value of the type of `old`; None takes integers where they parse, else strings."""
+UNREADABLE = object()
+
+
+def _parsed(hint: Any, text: str) -> Any:
+    """`text` as a value of the annotated type, or UNREADABLE."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        found = (_parsed(option, text) for option in sorted(inner, key=lambda option: option is not NoneType))
+        return next((value for value in found if value is not UNREADABLE), UNREADABLE)
+    if origin is Literal:
+        return text if text in inner else UNREADABLE
+    if origin is tuple:
+        texts = [item.strip() for item in text.strip("()[] ").split(",") if item.strip()]
+        hints = _item_hints(hint, len(texts))
+        items = [_parsed(own, item) for own, item in zip(hints, texts, strict=False)]
+        return UNREADABLE if len(hints) != len(texts) or any(item is UNREADABLE for item in items) else tuple(items)
+    if hint is str:
+        return text
+    if hint is NoneType:
+        return None if text.lower() == "none" else UNREADABLE
+    if hint is bool:
+        return {"true": True, "false": False}.get(text.lower(), UNREADABLE)
+    if hint not in (int, float):
+        return UNREADABLE
     try:
-        if isinstance(old, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(old, tuple):
-            items = [item for item in text.strip("()[] ").split(",") if item.strip()]
-            return tuple(_parsed(old[0] if old else "", item.strip(), whole) for item in items)
-        if isinstance(old, str):
-            return text
-        if old is None:
-            return None if text.lower() == "none" else int(text) if text.lstrip("-").isdigit() else text
-        return type(old)(text)
-    except (KeyError, ValueError, TypeError):
-        raise MeetjaxError(f"--set {whole}: value", expected=f"a {type(old).__name__}", found=repr(text)) from None
+        value = hint(text)
+    except ValueError:
+        return UNREADABLE
+    return value if math.isfinite(value) else UNREADABLE
+
+
+def _check_type(value: Any, hint: Any, where: str) -> None:
+    """Raises MeetjaxError naming the innermost field whose value is not of its annotated type (an int passes for a float)."""
+    hints = _item_hints(hint, len(value)) if get_origin(hint) is tuple and isinstance(value, tuple) else ()
+    if hints and len(hints) == len(value):
+        for i, item in enumerate(value):
+            _check_type(item, hints[i], f"{where}.{i}")
+        return
+    if not _fits(value, hint) or (hints and len(hints) != len(value)):
+        raise MeetjaxError(f"recipe: {where}", expected=_told(hint), found=repr(value))
+    if dataclasses.is_dataclass(value):
+        for field, own in _field_hints(type(value)).items():
+            _check_type(getattr(value, field), own, f"{where}.{field}".lstrip("."))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, option) for option in inner)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _told(hint: Any) -> str:
+    """An annotated type in words."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_told(option) for option in inner)
+    if origin is Literal:
+        return " or ".join(inner)
+    if origin is tuple:
+        return f"any number of: {_told(inner[0])}" if Ellipsis in inner else f"({', '.join(_told(option) for option in inner)})"
+    words = {int: "an integer", float: "a finite number", str: "text", bool: "true or false", NoneType: "none"}
+    return words.get(hint, f"a {hint.__name__}")
+
+
+def _field_hints(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _item_hints(hint: Any, count: int) -> tuple[Any, ...]:
+    """The annotated type of every item of a tuple of `count`; of another length where the annotation fixes one."""
+    inner = get_args(hint)
+    return inner[:1] * count if Ellipsis in inner else inner

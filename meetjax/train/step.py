@@ -36,7 +36,7 @@ class Parts:
 class State:
     """What a step changes and a checkpoint holds."""
 
-    trainable: Parts
+    trainable: Any
     opt_state: Any
     step: Int[Array, ""]
 
@@ -58,7 +58,9 @@ def partition(params: Params, adapters: Bank | None, *, kinds: tuple[str, ...], 
 def join(trainable: Parts, frozen: Parts) -> tuple[Params, Bank]:
     """The inverse of `partition`."""
     adapters = Bank(**{kind: getattr(trainable.adapters, kind) or getattr(frozen.adapters, kind) for kind in KINDS})
-    return trainable.params or frozen.params, adapters
+    params = frozen.params if trainable.params is None else trainable.params
+    assert params is not None, "one side of a partition has the base"
+    return params, adapters
 
 
 def make_optimizer(optim: Optim, steps: int) -> optax.GradientTransformation:
@@ -75,10 +77,21 @@ def make_optimizer(optim: Optim, steps: int) -> optax.GradientTransformation:
     adamw = optax.inject_hyperparams(optax.adamw, static_args=("b1", "b2", "weight_decay"))(
         learning_rate=schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay
     )
-    return optax.chain(optax.clip_by_global_norm(optim.clip), adamw) if optim.clip else adamw
+    tx = optax.chain(optax.clip_by_global_norm(optim.clip), adamw) if optim.clip else adamw
+    return optax.GradientTransformation(_promoting(tx.init), _promoting(tx.update))
 
 
-def init_state(trainable: Parts, tx: optax.GradientTransformation) -> State:
+def _promoting(function: Callable) -> Callable:
+    """Optax mixes counts and rates; it must run also where a program asks for the strict promotion that this library keeps to."""
+
+    def run(*arguments: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*arguments)
+
+    return run
+
+
+def init_state(trainable: Any, tx: optax.GradientTransformation) -> State:
     """Step 0: the optimiser has the structure of what trains and of nothing else."""
     return State(trainable, tx.init(trainable), jnp.zeros((), jnp.int32))
 
@@ -127,9 +140,10 @@ def make_step(config: ModelConfig, stage: Stage, tx: optax.GradientTransformatio
     gradient = make_gradient(config, stage.objective, microbatches)
 
     def step(state: State, frozen: Parts, batch: Batch) -> tuple[State, dict[str, Array]]:
+        grads: Any
         grads, metrics = gradient(state.trainable, frozen, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": _rate(opt_state)}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": _rate(opt_state)}
         return State(optax.apply_updates(state.trainable, updates), opt_state, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)

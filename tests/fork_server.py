@@ -1,0 +1,30 @@
+"""Runs `meetjax` command lines, one a line of stdin, each in a fork of this process; answers with its process id, then its status.
+
+Everything is imported before the first fork and nothing is started: a fork is a fresh process without the seconds of importing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import grain  # noqa: F401
+import transformers
+import meetjax.align
+import meetjax.cli
+import meetjax.generate.requests
+
+# Modules that load their parts when they are first asked for.
+transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast  # noqa: B018
+
+for line in sys.stdin:
+    request = json.loads(line)
+    if (pid := os.fork()) == 0:
+        for number, path in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), number)
+        sys.argv = ["meetjax", *request["arguments"]]
+        meetjax.cli.main()
+        sys.exit()
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
