@@ -15,6 +15,7 @@ from meetjax.adapters.bank import init_bank
 from meetjax.adapters.io import save_adapters
 from meetjax.adapters.tree import Bank, count_parameters
 from meetjax.data.audit import render_table, split_rows, then
+from meetjax.data.loader import Buckets, default_buckets
 from meetjax.data.records import read_records
 from meetjax.data.tokenize import Rows, tokenize_records
 from meetjax.evaluate.preference import accuracy, row_logps, shorter_accuracy
@@ -53,6 +54,11 @@ def read_rows(data: Data, form: Literal["pair", "completion"], tokenizer: Any, c
     return Split(rows, held_rows, held_out)
 
 
+def buckets(data: Data) -> Buckets:
+    """The padded lengths that rows may have, each a compiled program: those of the recipe, else the default ones."""
+    return data.buckets or default_buckets(data.max_length)
+
+
 def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     """Runs every stage of a recipe, evaluates on held-out prompts and writes `out/summary.json` and `out/adapters/`.
 
@@ -77,7 +83,7 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
         folder = out / f"stage-{i}"
         params, bank = fit(
             config, params, bank, rows, stage, recipe.train, folder,
-            max_length=recipe.data.max_length, mesh=mesh, identity=_identity(recipe, model, i),
+            buckets=buckets(recipe.data), mesh=mesh, identity=_identity(recipe, model, i),
             reference=reference, title=f"stage {i}: {type(stage.objective).__name__.lower()}", console=console,
         )  # fmt: skip
     save_adapters(out / "adapters", bank, base=model.name, fingerprint=model.fingerprint, recipe=resolved(recipe))
@@ -89,16 +95,16 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     }
     if held_rows is not None:
         console.print(f"evaluating on {len(held_rows):,} held-out pairs")
-        summary |= held_out(config, model, params, bank, held_rows)
+        summary |= held_out(config, model, params, bank, held_rows, buckets(recipe.data))
     summary |= {"wall_s": round(time.monotonic() - begun, 1), "peak_rss_gb": round(peak_rss_gb(), 3)}
     console.print(f"wrote {write_summary(summary, out)}")
     return summary
 
 
-def held_out(config: Any, model: Model, params: Any, bank: Bank, rows: Rows) -> dict[str, Any]:
+def held_out(config: Any, model: Model, params: Any, bank: Bank, rows: Rows, lengths: Buckets) -> dict[str, Any]:
     """Implicit-reward accuracy s - s_ref over held-out pairs with its interval, beside what costs no training."""
-    base = row_logps(config, model.params, None, rows)
-    policy = row_logps(config, params, bank, rows)
+    base = row_logps(config, model.params, None, rows, lengths)
+    policy = row_logps(config, params, bank, rows, lengths)
     margins = (policy - base)[:, 0] - (policy - base)[:, 1]
     ours = accuracy(margins)
     return {

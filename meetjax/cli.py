@@ -155,7 +155,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="meetjax", description=__doc__, args=arguments)
     except MeetjaxError as error:
         if debug:
-            raise
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:

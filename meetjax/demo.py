@@ -24,7 +24,7 @@ from meetjax.adapters.io import save_adapters
 from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.prompt import PromptSpec
 from meetjax.adapters.tree import Bank, count_parameters
-from meetjax.align import read_rows
+from meetjax.align import buckets, read_rows
 from meetjax.data.tokenize import Rows, tokenize_records
 from meetjax.errors import MeetjaxError
 from meetjax.evaluate.curves import dial_curve
@@ -49,7 +49,7 @@ MAX_NEW_TOKENS = 96
 RECIPE = Recipe(
     name="demo",
     model=MODEL,
-    data=Data(path=str(SET), held_out=32, max_length=144),
+    data=Data(path=str(SET), held_out=32, max_length=144, buckets=(144,)),
     train=Train(steps=12, batch_size=4, save_every=12),
     stages=(
         Stage((PromptSpec(length=8, text="Be brief."),), Dpo(beta=0.1), Optim(learning_rate=1e-2)),
@@ -79,9 +79,9 @@ def run(out: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
         curve_rows, _ = tokenize_records(records[:CURVE_PROMPTS], model.tokenizer, recipe.data.max_length)
     if held_rows is None:
         raise MeetjaxError("demo: data.held_out", expected="> 0", found=0)
-    reference = Reference(model.config, model.params)
+    lengths, reference = buckets(recipe.data), Reference(model.config, model.params)
     with timed("base model on held-out pairs"):
-        base = row_logps(model.config, model.params, None, held_rows)
+        base = row_logps(model.config, model.params, None, held_rows, lengths)
     with timed("base model generates"):
         plain = generate_texts(model, [Request(prompt) for prompt in prompts], max_new_tokens=MAX_NEW_TOKENS)
     summary: dict[str, Any] = {
@@ -103,11 +103,11 @@ def run(out: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
             train_s = time.monotonic() - start
         save_adapters(out / "adapters" / kind, bank, base=model.name, fingerprint=model.fingerprint, recipe=resolved(recipe))
         with timed("held-out pairs"):
-            ratio = row_logps(model.config, model.params, bank, held_rows) - base
+            ratio = row_logps(model.config, model.params, bank, held_rows, lengths) - base
         with timed("sweep: generate"):
             answers = _sweep(model, bank, prompts)
         with timed("sweep: margin and KL"):
-            curve = dial_curve(model.config, model.params, bank, curve_rows, STRENGTHS)
+            curve = dial_curve(model.config, model.params, bank, curve_rows, lengths, STRENGTHS)
             for point in curve:
                 point["mean_tokens"] = float(np.mean([answer.tokens for answer in answers[point["strength"]]]))
         history = losses(read_metrics(out / kind))
@@ -142,7 +142,7 @@ def _train(recipe: Recipe, stage: Stage, model: Model, rows: Rows, reference: Re
     identity = {"recipe": resolved(dataclasses.replace(recipe, stages=(stage,))), "fingerprint": model.fingerprint}
     _, bank = fit(
         model.config, model.params, bank, rows, stage, recipe.train, folder,
-        max_length=recipe.data.max_length, mesh=make_mesh(recipe.train.mesh), identity=identity,
+        buckets=buckets(recipe.data), mesh=make_mesh(recipe.train.mesh), identity=identity,
         reference=reference, title=folder.name, console=console,
     )  # fmt: skip
     return bank

@@ -267,6 +267,30 @@ def write_pairs(path, count=24):
     return path
 
 
+def write_recipe(folder, model_folder, *, steps, trains='LoraSpec(rank=96, sites=("q", "down")),', objective="Dpo()"):
+    """An experiment file that trains on `write_pairs` in `folder`; every file of one `trains` uses the same programs."""
+    file = folder / "recipe.py"
+    file.write_text(
+        f"""from meetjax.adapters.edit import EditSpec
+from meetjax.adapters.lora import LoraSpec
+from meetjax.objectives.preference import Dpo
+from meetjax.objectives.sft import Sft
+from meetjax.train.stage import Data, Optim, Recipe, Stage, Train
+
+
+def get_config():
+    return Recipe(
+        name="tiny",
+        model={str(model_folder)!r},
+        data=Data(path={str(write_pairs(folder / "pairs.jsonl"))!r}, held_out=6, max_length=64),
+        train=Train(steps={steps}, batch_size=4, save_every=4),
+        stages=(Stage(({trains}), {objective}, Optim(learning_rate=1e-2)),),
+    )
+"""
+    )
+    return file
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A Hugging Face folder of a tiny model with a chat template."""

@@ -9,14 +9,15 @@ import json
 import os
 import sys
 
-import grain  # noqa: F401
+import grain
 import transformers
+
 import meetjax.align
 import meetjax.cli
 import meetjax.generate.requests
 
-# Modules that load their parts when they are first asked for.
-transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast  # noqa: B018
+PRELOADED = (grain, meetjax.align, meetjax.generate.requests, transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast)
+"""What the forks use; transformers loads its parts when they are first asked for."""
 
 for line in sys.stdin:
     request = json.loads(line)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from meetjax.adapters.algebra import at_strength
 from meetjax.adapters.tree import Bank
-from meetjax.data.loader import default_buckets, eval_batches
+from meetjax.data.loader import Buckets, eval_batches
 from meetjax.data.tokenize import Rows
 from meetjax.models.config import ModelConfig
 from meetjax.models.decoder import hidden_states
@@ -40,7 +40,7 @@ def _compare(
 
 
 def dial_curve(
-    config: ModelConfig, params: Params, bank: Bank, rows: Rows, strengths: tuple[float, ...], batch_size: int = 4
+    config: ModelConfig, params: Params, bank: Bank, rows: Rows, buckets: Buckets, strengths: tuple[float, ...], batch_size: int = 4
 ) -> list[dict[str, float]]:
     """One point {strength, reward_margin, kl} a strength, means over the pairs in `rows`.
 
@@ -49,7 +49,7 @@ def dial_curve(
     the normed hidden state, the adapted model runs once for all strengths.
     """
     totals = {strength: np.zeros(2) for strength in strengths}
-    for batch, _ in eval_batches(rows, batch_size, default_buckets(int(rows.lengths.max()))):
+    for batch, _ in eval_batches(rows, batch_size, buckets):
         _, answers, width = batch.tokens.shape
         tokens = batch.tokens.reshape(-1, width)
         target = np.arange(1, width)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from meetjax.data.loader import default_buckets, eval_batches
+from meetjax.data.loader import Buckets, eval_batches
 from meetjax.data.tokenize import Rows
 from meetjax.evaluate.intervals import wilson
 from meetjax.models.config import ModelConfig
@@ -19,10 +19,12 @@ from meetjax.types import Params
 scores = partial(jax.jit, static_argnums=0)(answer_logps)
 
 
-def row_logps(config: ModelConfig, params: Params, bank: Any, rows: Rows, *, batch_size: int = 8) -> Float[np.ndarray, "N C"]:
+def row_logps(
+    config: ModelConfig, params: Params, bank: Any, rows: Rows, buckets: Buckets, batch_size: int = 4
+) -> Float[np.ndarray, "N C"]:
     """Summed answer log-probabilities in nats of every row, the bank in full."""
     out = np.zeros(rows.starts.shape, np.float64)
-    for batch, chosen in eval_batches(rows, batch_size, default_buckets(int(rows.lengths.max()))):
+    for batch, chosen in eval_batches(rows, batch_size, buckets):
         values = np.asarray(scores(config, params, bank, batch))
         real = batch.weights > 0
         out[chosen[real]] = values[real]

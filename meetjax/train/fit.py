@@ -17,7 +17,7 @@ from rich.console import Console
 
 from meetjax.adapters.bank import KIND_OF
 from meetjax.adapters.tree import Bank, count_parameters
-from meetjax.data.loader import default_buckets, loader
+from meetjax.data.loader import Buckets, loader
 from meetjax.data.tokenize import Rows
 from meetjax.errors import MeetjaxError
 from meetjax.models.config import ModelConfig
@@ -46,7 +46,7 @@ def fit(
     train: Train,
     folder: Path,
     *,
-    max_length: int,
+    buckets: Buckets,
     mesh: jax.sharding.Mesh,
     identity: dict[str, Any],
     reference: Reference | None = None,
@@ -68,7 +68,7 @@ def fit(
     step = make_step(config, stage, tx, train.microbatches)
     if stage.objective.needs_reference and reference is None:
         reference = Reference(config, params)
-    batches = loader(rows, train.batch_size, default_buckets(max_length), train.seed)
+    batches = loader(rows, train.batch_size, buckets, train.seed)
     stop = threading.Event()
     # Leaving the block waits for the last write, so that what is said to be saved is, whatever ends the loop.
     with _sigterm_sets(stop), contextlib.closing(Checkpoints(folder / "checkpoints", identity)) as checkpoints, jax.set_mesh(mesh):

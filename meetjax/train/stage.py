@@ -38,13 +38,14 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """path: a file or a hub id; held_out: prompts kept for evaluation; lengths in tokens."""
+    """path: a file or a hub id; held_out: prompts kept for evaluation; lengths in tokens; buckets: padded lengths, () for the default."""
 
     path: str = ""
     split: str | None = None
     limit: int | None = None
     held_out: int = 100
     max_length: int = 512
+    buckets: tuple[int, ...] = ()
     template: Literal["auto", "chat", "none"] = "auto"
     seed: int = 0
 

@@ -32,7 +32,7 @@ from meetjax.train.reference import Reference
 from meetjax.train.sharding import make_mesh
 from meetjax.train.stage import Optim, Stage, Train
 from meetjax.train.step import make_optimizer, make_step
-from tests.conftest import write_pairs
+from tests.conftest import write_pairs, write_recipe
 
 LORA = LoraSpec(rank=2, sites=("q", "down"))
 STEPS, SAVE_EVERY, LENGTH = 8, 3, 64
@@ -74,7 +74,7 @@ def train(model, rows, folder, *, reference=None, specs=(LORA,), bank=None, rate
     return fit(
         model.config, params or model.params, bank, rows, Stage(specs, Dpo(), Optim(learning_rate=rate)),
         Train(steps=STEPS, batch_size=4, save_every=save_every), folder,
-        max_length=LENGTH, mesh=make_mesh((1, 1, 1)), identity=identity or {"fingerprint": model.fingerprint},
+        buckets=default_buckets(LENGTH), mesh=make_mesh((1, 1, 1)), identity=identity or {"fingerprint": model.fingerprint},
         reference=reference, console=Console(file=io.StringIO()),
     )  # fmt: skip
 
@@ -192,26 +192,6 @@ def test_reference_does_not_depend_on_what_came_before(model, rows):
         np.testing.assert_array_equal(bits[0][shape], bits[1][shape])
 
 
-def write_recipe(folder, model_folder, *, rank=2, steps=RECIPE_STEPS, save_every=4):
-    """An experiment file for a run of the command line that ends in `folder/out`."""
-    file = folder / "recipe.py"
-    file.write_text(
-        f"""from meetjax.adapters.lora import LoraSpec
-from meetjax.objectives.preference import Dpo
-from meetjax.train.stage import Data, Optim, Recipe, Stage, Train
-
-def get_config():
-    return Recipe(
-        name="tiny", model={str(model_folder)!r},
-        data=Data(path={str(write_pairs(folder / "pairs.jsonl"))!r}, held_out=6, max_length={LENGTH}),
-        train=Train(steps={steps}, batch_size=4, save_every={save_every}),
-        stages=(Stage((LoraSpec(rank={rank}, sites=("q", "down")),), Dpo(), Optim(learning_rate=1e-2)),),
-    )
-"""
-    )
-    return file
-
-
 def last_step(out):
     """The last finished step in the log of a run that goes on."""
     try:
@@ -241,7 +221,7 @@ def assert_same_adapters(found, expected):
 def recipe(model_folder, command, tmp_path_factory):
     """(experiment file, adapters of its undisturbed run)."""
     folder = tmp_path_factory.mktemp("recipe")
-    file = write_recipe(folder, model_folder)
+    file = write_recipe(folder, model_folder, steps=RECIPE_STEPS)
     done = command("align", file, "--set", f"out={folder / 'out'}")
     assert done.status == 0, done.err
     return file, adapters(folder / "out")
@@ -286,10 +266,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(recipe, command, tmp_path):
 
 def test_full_disk_while_saving_leaves_the_checkpoint_before(model_folder, command, tmp_path):
     """A limit on file size stands for the disk that fills up: the state no longer fits, its log still does."""
-    file, out = write_recipe(tmp_path, model_folder, rank=96, save_every=8), tmp_path / "out"
+    file, out = write_recipe(tmp_path, model_folder, steps=RECIPE_STEPS), tmp_path / "out"
     folder = out / "stage-0" / "checkpoints"
     pid = command.start("align", file, "--set", f"out={out}")
-    wait_until(lambda: (folder / "8").exists())
+    wait_until(lambda: (folder / "4").exists())
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (150_000, 150_000))
     failed = command.finish()
     assert failed.status == 2
