@@ -42,15 +42,15 @@ from meetjax.train.stage import Data, Optim, Recipe, Stage, Train, resolved
 MODEL = "smollm2-135m-instruct"
 SET = Path(meetjax.data.__file__).parent / "concise.jsonl"
 STRENGTHS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0)
-CURVE_PROMPTS = 12
+CURVE_PROMPTS = 10
 SAMPLE_PROMPTS = 3
 MAX_NEW_TOKENS = 96
 
 RECIPE = Recipe(
     name="demo",
     model=MODEL,
-    data=Data(path=str(SET), held_out=32, max_length=144, buckets=(144,)),
-    train=Train(steps=12, batch_size=4, save_every=12),
+    data=Data(path=str(SET), held_out=24, max_length=144, buckets=(144,)),
+    train=Train(steps=8, batch_size=4, save_every=8),
     stages=(
         Stage((PromptSpec(length=8, text="Be brief."),), Dpo(beta=0.1), Optim(learning_rate=1e-2)),
         Stage((LoraSpec(rank=8, alpha=16.0, sites=("q", "v")),), Dpo(beta=0.1), Optim(learning_rate=2e-3)),

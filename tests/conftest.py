@@ -111,8 +111,6 @@ def weighted_logits(bank, params, config, tokens, gates):
     return jnp.mean(logits * jnp.asarray(np.random.default_rng(9).normal(size=logits.shape), jnp.float32)), logits
 
 
-loss_and_grads = jax.jit(jax.value_and_grad(weighted_logits, (0, 1), has_aux=True), static_argnums=2, compiler_options=QUICK)
-"""((loss, logits), (gradient of the bank, gradient of the base))."""
 loss_and_grad = jax.jit(jax.value_and_grad(weighted_logits, has_aux=True), static_argnums=2, compiler_options=QUICK)
 """((loss, logits), gradient of the bank)."""
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 from meetjax.adapters.bank import KIND_OF, Spec
 from meetjax.adapters.lora import LoraSpec
 from meetjax.errors import MeetjaxError
 from meetjax.objectives.preference import Dpo
-from meetjax.objectives.sft import Sft
+from meetjax.types import Array, Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +28,26 @@ class Optim:
     b2: float = 0.999
 
 
+@runtime_checkable
+class Objective(Protocol):
+    """What `Dpo` and `Sft` are and a new loss has to be: a frozen dataclass called as objective(logps [B, C], batch).
+
+    It returns (summed loss, normaliser, summed metrics with their normalisers). form: the records it reads, "pair" or
+    "completion"; needs_reference: whether it reads `batch.ref_logps`.
+    """
+
+    form: ClassVar[Any]  # Any, because a class variable is mutable and so admits no narrower type in an implementation
+    needs_reference: ClassVar[bool]
+
+    def __call__(self, logps: Array, batch: Batch) -> tuple[Array, Array, dict[str, Any]]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """trains: adapter specs, or "base" for the model's own weights; the rest stays frozen."""
 
     trains: tuple[Spec | Literal["base"], ...] = (LoraSpec(),)
-    objective: Dpo | Sft = Dpo()
+    objective: Objective = Dpo()
     optim: Optim = Optim()
 
 
@@ -84,7 +99,7 @@ def check_recipe(recipe: Recipe) -> None:
     if not recipe.data.path:
         raise MeetjaxError("recipe: data.path is empty", fix="give a file or hub id: --set data.path=FILE")
     data, train = recipe.data, recipe.train
-    bounds: list[tuple[str, float, bool, str]] = [
+    bounds: list[tuple[str, Any, bool, str]] = [
         ("train.steps", train.steps, train.steps >= 1, ">= 1"),
         ("train.batch_size", train.batch_size, train.batch_size >= 1, ">= 1"),
         ("train.microbatches", train.microbatches, train.microbatches >= 1, ">= 1"),
@@ -93,6 +108,12 @@ def check_recipe(recipe: Recipe) -> None:
         ("data.held_out", data.held_out, data.held_out >= 0, ">= 0"),
         ("data.max_length", data.max_length, data.max_length >= 8, ">= 8"),
         ("data.limit", data.limit or 0, data.limit is None or data.limit >= 1, ">= 1"),
+        (
+            "data.buckets",
+            data.buckets,
+            _ascending(data.buckets, data.max_length),
+            f"ascending lengths up to data.max_length = {data.max_length}",
+        ),
         ("data.seed", data.seed, 0 <= data.seed < 2**32, "0 to 2^32 - 1"),
     ]
     for i, stage in enumerate(recipe.stages):
@@ -116,6 +137,11 @@ def check_recipe(recipe: Recipe) -> None:
     if train.batch_size % train.microbatches:
         expected = f"a divisor of train.batch_size = {train.batch_size}"
         raise MeetjaxError("recipe: train.microbatches", expected=expected, found=train.microbatches)
+
+
+def _ascending(buckets: tuple[int, ...], longest: int) -> bool:
+    """Whether padded lengths are none at all, or positive and ascending with room for the longest row."""
+    return not buckets or (buckets[0] >= 1 and all(a < b for a, b in pairwise(buckets)) and buckets[-1] >= longest)
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
@@ -217,7 +243,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
+    return isinstance(value, origin or hint) and not isinstance(value, type)
 
 
 def _told(hint: Any) -> str:
@@ -230,7 +256,7 @@ def _told(hint: Any) -> str:
     if origin is tuple:
         return f"any number of: {_told(inner[0])}" if Ellipsis in inner else f"({', '.join(_told(option) for option in inner)})"
     words = {int: "an integer", float: "a finite number", str: "text", bool: "true or false", NoneType: "none"}
-    return words.get(hint, f"a {hint.__name__}")
+    return words.get(hint, f"{'an' if hint.__name__[0] in 'AEIOU' else 'a'} {hint.__name__}")
 
 
 def _field_hints(kind: type) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from tests.conftest import (
     assert_differs,
     assert_trees_close,
     loss_and_grad,
-    loss_and_grads,
     quick_forward,
     random_bank,
     random_params,
@@ -48,17 +47,6 @@ def test_scan_equals_unrolled(name, gates):
     bank = apart(random_bank(config))
     scanned = quick_forward(config, params, TOKENS, bank, gates, dial=DIAL)
     assert_close(quick_forward(config, unstack(params), TOKENS, bank, gates, dial=DIAL), scanned)
-
-
-@pytest.mark.parametrize("policy", ["dots", "full"])
-def test_remat_equals_plain(base, policy):
-    config, params, _ = base
-    bank, gates = apart(random_bank(config, entries=(0,))), KINDS_TOGETHER[:, :4]
-    (value, logits), grads = loss_and_grads(bank, params, config, TOKENS, gates)
-    (again, relogits), regrads = loss_and_grads(bank, params, dataclasses.replace(config, remat=policy), TOKENS, gates)
-    assert_close(again, value)
-    assert_close(relogits, logits)
-    assert_trees_close(regrads, grads)
 
 
 def test_vmap_equals_batched(base):
@@ -214,18 +202,18 @@ def shard_params(params, config, mesh):
     return jax.tree.unflatten(tree, [place(leaf, names) for leaf, names in zip(leaves, axes, strict=True)])
 
 
-def run_on(mesh):
+def run_on(mesh, config=SHARDED):
     """((loss, logits), gradient of the bank) on a mesh: base split, bank replicated, batch over data and fsdp where it divides."""
-    params, bank, gates = random_params(SHARDED), apart(random_bank(SHARDED, entries=(0,))), KINDS_TOGETHER[:, :4]
+    params, bank, gates = random_params(config), apart(random_bank(config, entries=(0,))), KINDS_TOGETHER[:, :4]
     if mesh is None:
-        return loss_and_grad(bank, params, SHARDED, TOKENS, gates)
+        return loss_and_grad(bank, params, config, TOKENS, gates)
     axes = ("data", "fsdp") if BATCH % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
     with jax.set_mesh(mesh):
-        params = shard_params(params, SHARDED, mesh)
+        params = shard_params(params, config, mesh)
         assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
         bank = jax.device_put(bank, NamedSharding(mesh, PartitionSpec()))
         tokens, gates = jax.device_put((TOKENS, gates), NamedSharding(mesh, PartitionSpec(axes)))
-        return loss_and_grad(bank, params, SHARDED, tokens, gates)
+        return loss_and_grad(bank, params, config, tokens, gates)
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +225,15 @@ def assert_same_run(left, right):
     assert_close(left[0][0], right[0][0])
     assert_close(left[0][1], right[0][1])
     assert_trees_close(left[1], right[1])
+
+
+@pytest.mark.parametrize("policy", ["dots", "full"])
+def test_remat_equals_plain(on_one_device, policy):
+    """Values and gradients, whatever is kept for the backward pass."""
+    config = dataclasses.replace(SHARDED, remat=policy)
+    program = str(jax.make_jaxpr(lambda params: apply(config, params, TOKENS))(random_params(config)))
+    assert "prevent_cse=False" in program and ("policy=None" in program) == (policy == "full")
+    assert_same_run(run_on(None, config), on_one_device)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)], ids=str)

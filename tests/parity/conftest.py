@@ -128,7 +128,7 @@ def peft_config():
     return make
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _free_memory():
     """Torch models and trainers hold reference cycles: half a gigabyte each until they are collected."""
     yield
