@@ -11,21 +11,23 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from meetjax.adapters.bank import init_bank
+from meetjax.adapters.bank import KIND_OF, init_bank
 from meetjax.adapters.io import save_adapters
-from meetjax.adapters.tree import Bank, count_parameters
+from meetjax.adapters.tree import KINDS, Bank, count_parameters
 from meetjax.data.audit import render_table, split_rows, then
 from meetjax.data.loader import Buckets, default_buckets
 from meetjax.data.records import read_records
 from meetjax.data.tokenize import Rows, tokenize_records
+from meetjax.errors import MeetjaxError
 from meetjax.evaluate.preference import accuracy, row_logps, shorter_accuracy
 from meetjax.evaluate.report import write_summary
+from meetjax.models.config import ModelConfig
 from meetjax.models.load import Model, load
 from meetjax.train.fit import fit
 from meetjax.train.metrics import peak_rss_gb
 from meetjax.train.reference import Reference
 from meetjax.train.sharding import base_shardings, make_mesh
-from meetjax.train.stage import Data, Recipe, check_recipe, resolved
+from meetjax.train.stage import Data, Recipe, Stage, check_recipe, resolved
 
 
 class Split(NamedTuple):
@@ -67,22 +69,25 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     """
     begun, console = time.monotonic(), console or Console()
     check_recipe(recipe)
+    for i, stage in enumerate(recipe.stages):
+        if "base" in stage.trains:
+            fix = "align writes adapters only; train a whole model with meetjax.train.fit.fit"
+            raise MeetjaxError(f"recipe: stages.{i}.trains", expected="adapter kinds", found="base", fix=fix)
     out = Path(recipe.out or f"runs/{recipe.name}")
     mesh = make_mesh(recipe.train.mesh)
     console.print(f"{recipe.name}: {recipe.model} -> {out}")
     model = load(recipe.model, dtype=recipe.dtype, shardings=lambda config: base_shardings(config, mesh))
     config = dataclasses.replace(model.config, dtype=recipe.dtype, remat=recipe.remat)
+    if recipe.data.max_length > config.max_position:
+        expected = f"at most {config.max_position}, the positions of {model.name}"
+        raise MeetjaxError("recipe: data.max_length", expected=expected, found=recipe.data.max_length)
     reference = Reference(config, model.params)
-    params, bank, held_rows, trained = model.params, Bank(), None, 0
+    bank, held_rows = Bank(), None
     for i, stage in enumerate(recipe.stages):
         rows, held_rows, _ = read_rows(recipe.data, stage.objective.form, model.tokenizer, console)
-        specs = tuple(spec for spec in stage.trains if spec != "base")
-        made = init_bank(config, params, specs, model.tokenizer, jax.random.key(recipe.train.seed)) if specs else Bank()
-        bank = Bank(**{kind.name: getattr(made, kind.name) or getattr(bank, kind.name) for kind in dataclasses.fields(Bank)})
-        trained += count_parameters(made) + (count_parameters(params) if "base" in stage.trains else 0)
-        folder = out / f"stage-{i}"
-        params, bank = fit(
-            config, params, bank, rows, stage, recipe.train, folder,
+        bank = _with_new_kinds(bank, stage, config, model, recipe.train.seed)
+        _, bank = fit(
+            config, model.params, bank, rows, stage, recipe.train, out / f"stage-{i}",
             buckets=buckets(recipe.data), mesh=mesh, identity=_identity(recipe, model, i),
             reference=reference, title=f"stage {i}: {type(stage.objective).__name__.lower()}", console=console,
         )  # fmt: skip
@@ -90,21 +95,28 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "name": recipe.name,
         "model": model.name,
-        "trained_parameters": trained,
+        "trained_parameters": count_parameters(bank),
         "recipe": resolved(recipe),
     }
     if held_rows is not None:
         console.print(f"evaluating on {len(held_rows):,} held-out pairs")
-        summary |= held_out(config, model, params, bank, held_rows, buckets(recipe.data))
+        summary |= held_out(config, model, bank, held_rows, buckets(recipe.data))
     summary |= {"wall_s": round(time.monotonic() - begun, 1), "peak_rss_gb": round(peak_rss_gb(), 3)}
     console.print(f"wrote {write_summary(summary, out)}")
     return summary
 
 
-def held_out(config: Any, model: Model, params: Any, bank: Bank, rows: Rows, lengths: Buckets) -> dict[str, Any]:
+def _with_new_kinds(bank: Bank, stage: Stage, config: ModelConfig, model: Model, seed: int) -> Bank:
+    """The bank with the kinds that this stage is the first to train; what an earlier stage trained is continued."""
+    new = tuple(spec for spec in stage.trains if spec != "base" and getattr(bank, KIND_OF[type(spec)]) is None)
+    made = init_bank(config, model.params, new, model.tokenizer, jax.random.key(seed)) if new else Bank()
+    return Bank(**{kind: getattr(bank, kind) or getattr(made, kind) for kind in KINDS})
+
+
+def held_out(config: ModelConfig, model: Model, bank: Bank, rows: Rows, lengths: Buckets) -> dict[str, Any]:
     """Implicit-reward accuracy s - s_ref over held-out pairs with its interval, beside what costs no training."""
     base = row_logps(config, model.params, None, rows, lengths)
-    policy = row_logps(config, params, bank, rows, lengths)
+    policy = row_logps(config, model.params, bank, rows, lengths)
     margins = (policy - base)[:, 0] - (policy - base)[:, 1]
     ours = accuracy(margins)
     return {

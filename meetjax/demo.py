@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,9 +54,9 @@ RECIPE = Recipe(
     train=Train(steps=8, batch_size=4, save_every=8),
     stages=(
         Stage((PromptSpec(length=8, text="Be brief."),), Dpo(beta=0.1), Optim(learning_rate=1e-2)),
-        Stage((LoraSpec(rank=8, alpha=16.0, sites=("q", "v")),), Dpo(beta=0.1), Optim(learning_rate=2e-3)),
+        Stage((LoraSpec(rank=8, alpha=16.0, sites=("q", "v")),), Dpo(beta=0.1), Optim(learning_rate=1e-3)),
         Stage((EditSpec(),), Dpo(beta=0.1), Optim(learning_rate=1e-2)),
-        Stage((IdentitySpec(),), Dpo(beta=0.1), Optim(learning_rate=3e-4)),
+        Stage((IdentitySpec(),), Dpo(beta=0.1), Optim(learning_rate=1e-4)),
     ),
 )
 """Each stage trains one kind from the base; unlike in `align`, a stage does not build on the one before."""
@@ -99,6 +100,7 @@ def run(out: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
         kind = KIND_OF[type(spec)]
         with timed("train"):
             start = time.monotonic()
+            shutil.rmtree(out / kind, ignore_errors=True)  # always trained anew: the report's times are those of this run
             bank = _train(recipe, stage, model, rows, reference, out / kind, console)
             train_s = time.monotonic() - start
         save_adapters(out / "adapters" / kind, bank, base=model.name, fingerprint=model.fingerprint, recipe=resolved(recipe))

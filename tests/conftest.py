@@ -265,7 +265,10 @@ def write_pairs(path, count=24):
     return path
 
 
-def write_recipe(folder, model_folder, *, steps, trains='LoraSpec(rank=96, sites=("q", "down")),', objective="Dpo()"):
+RECIPE_STEPS = 48
+
+
+def write_recipe(folder, model_folder, *, steps=RECIPE_STEPS, trains='LoraSpec(rank=96, sites=("q", "down")),', objective="Dpo()"):
     """An experiment file that trains on `write_pairs` in `folder`; every file of one `trains` uses the same programs."""
     file = folder / "recipe.py"
     file.write_text(
@@ -334,6 +337,16 @@ def command(tmp_path_factory):
     server.stdin.close()
     server.wait()
     server.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def aligned(model_folder, command, tmp_path_factory):
+    """(experiment file, output folder, what it printed) of a run of `meetjax align` that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("aligned")
+    file = write_recipe(folder, model_folder, steps=RECIPE_STEPS)
+    done = command("align", file, "--set", f"out={folder / 'out'}")
+    assert (done.status, done.err) == (0, "")
+    return file, folder / "out", done.out
 
 
 @pytest.fixture(scope="session")

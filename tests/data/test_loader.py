@@ -187,7 +187,7 @@ def test_a_state_of_another_run_is_refused():
     state = loader(rows, 2, BUCKETS, seed=0).get_state()
     changed = dataclasses.replace(rows, hashes=rows.hashes[::-1])
     for other in [(changed, 2, BUCKETS, 0), (rows, 1, BUCKETS, 0), (rows, 2, (8, 12, 24), 0), (rows, 2, BUCKETS, 1)]:
-        with pytest.raises(MeetjaxError, match="loader state: key.*resume with the data"):
+        with pytest.raises(MeetjaxError, match=r"loader state: key.*resume with the data"):
             loader(*other, state=state)
     for broken in ({}, {"next_index": -1}, {"next_index": "3"}, 7, {"next_index": True}):
         with pytest.raises(MeetjaxError, match="loader state"):

@@ -94,7 +94,7 @@ def test_cutting_takes_the_same_start_of_the_prompt_from_both_answers(bos_tokeni
         whole.lengths[n].max() - max_length <= whole.starts[n].min() - 2 or whole.lengths[n].max() <= max_length for n in range(len(whole))
     ]
     if not any(fits):
-        with pytest.raises(MeetjaxError, match="no row is usable.*does not fit"):
+        with pytest.raises(MeetjaxError, match=r"no row is usable.*does not fit"):
             tokenize_records(records, bos_tokenizer, max_length)
         return
     rows, audit = tokenize_records(records, bos_tokenizer, max_length)
@@ -193,11 +193,11 @@ def test_errors(tokenizer, plain_tokenizer, eosless_tokenizer):
         tokenize_records(one, tokenizer, LONG, template="chatml")
     with pytest.raises(MeetjaxError, match="a conversation of 1 messages"):
         tokenize_records([Completion((Message("user", "q"),), "a", "f:1")], plain_tokenizer, LONG)
-    with pytest.raises(MeetjaxError, match="tokenised records: no row is usable.*empty answer.*f:1"):
+    with pytest.raises(MeetjaxError, match=r"tokenised records: no row is usable.*empty answer.*f:1"):
         tokenize_records([Completion("q", "", "f:1")], tokenizer, LONG)
 
     class Slow:
         is_fast, eos_token_id, chat_template = False, 1, None
 
-    with pytest.raises(MeetjaxError, match="expected a fast tokenizer.*found Slow"):
+    with pytest.raises(MeetjaxError, match=r"expected a fast tokenizer.*found Slow"):
         tokenize_records(one, Slow(), LONG)

@@ -34,7 +34,7 @@ def padded(prompts, filler=0):
     return np.array([[filler] * (width - len(prompt)) + prompt for prompt in prompts], np.int32), pad
 
 
-def greedy(count, seeds=None):
+def greedy(count):
     return RowSampling(jnp.zeros(count), jnp.zeros(count, jnp.int32), jnp.ones(count), jnp.arange(count, dtype=jnp.int32))
 
 
@@ -88,12 +88,10 @@ def test_greedy_equals_naive_loop(kind):
 def run():
     """Generates for rows of `everything`: (tokens, counts), one compiled program whatever the gates, dials and settings."""
     bank, gates = everything()
-    calls = jax.jit(
-        partial(generate_tokens.__wrapped__, STOPPING, max_new_tokens=NEW), compiler_options=QUICK
-    )  # fmt: skip
+    calls = jax.jit(partial(generate_tokens.__wrapped__, STOPPING, max_new_tokens=NEW), compiler_options=QUICK)
     tokens, pad = padded(PROMPTS)
 
-    def of(order=range(len(PROMPTS)), *, temperature=0.0, seeds=100, limit=NEW, strength=1.0, dial=DIAL, filler=0):
+    def of(order=(0, 1, 2, 3, 4), *, temperature=0.0, seeds=100, limit=NEW, strength=1.0, dial=DIAL, filler=0):
         order = np.array(order)
         rows = RowSampling(
             jnp.full(len(order), temperature, jnp.float32), jnp.zeros(len(order), jnp.int32), jnp.ones(len(order)),
@@ -121,7 +119,6 @@ def test_rows_do_not_depend_on_their_company(run, temperature):
 def test_rows_alone_equal_rows_in_company(temperature):
     """Alone without left padding, in a program of another batch size."""
     bank, gates = everything()
-    options = (jnp.zeros(1, jnp.int32), jnp.ones(1))
 
     def rows(seeds):
         return RowSampling(
@@ -133,11 +130,10 @@ def test_rows_alone_equal_rows_in_company(temperature):
 
     tokens, pad = padded(PROMPTS)
     together, _ = generate(CONFIG, FLAT, tokens, pad, rows(range(40, 45)), bank, gates, DIAL, max_new_tokens=NEW)
-    assert len(options) == 2
-    for row in (1, 3):
-        own, none = padded(PROMPTS[row : row + 1])
-        alone, _ = generate(CONFIG, FLAT, own, none, rows([40 + row]), bank, gates[row : row + 1], DIAL[row : row + 1], max_new_tokens=NEW)
-        np.testing.assert_array_equal(alone[0], together[row])
+    row = slice(3, 4)
+    own, none = padded(PROMPTS[row])
+    alone, _ = generate(CONFIG, FLAT, own, none, rows([43]), bank, gates[row], DIAL[row], max_new_tokens=NEW)
+    np.testing.assert_array_equal(alone, together[row])
 
 
 def test_sampling_is_seeded(run):
@@ -155,7 +151,7 @@ def test_eos_stops_a_row_and_counts_itself(run):
     bank, gates = everything()
     tokens, pad = padded(PROMPTS)
     stopped = 0
-    for seed in range(0, 60, 5):
+    for seed in range(0, 30, 5):
         rows = RowSampling(jnp.full(5, 3.0), jnp.zeros(5, jnp.int32), jnp.ones(5), jnp.arange(seed, seed + 5, dtype=jnp.int32))
         free, _ = generate(CONFIG, FLAT, tokens, pad, rows, bank, gates, DIAL, max_new_tokens=NEW)
         found, count = run(temperature=3.0, seeds=seed)
@@ -166,7 +162,7 @@ def test_eos_stops_a_row_and_counts_itself(run):
             np.testing.assert_array_equal(found[row, :length], free[row, :length])
             np.testing.assert_array_equal(found[row, length:], 0)
             stopped += length < NEW
-    assert stopped > 5
+    assert stopped > 3
 
 
 def test_limits_are_per_row(run):

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from meetjax.errors import MeetjaxError
-from meetjax.generate.sampling import RowSampling, Sampling, filtered, sample
+from meetjax.generate import sampling
+from meetjax.generate.sampling import RowSampling, Sampling
+from tests.conftest import QUICK
 
 VOCAB, DRAWS = 12, 4000
 LOGITS = np.random.default_rng(1).normal(size=(1, VOCAB)).astype(np.float32) * 2
@@ -16,6 +18,7 @@ RULES = [
     Sampling(1.0), Sampling(0.5), Sampling(2.0, top_k=4), Sampling(1.0, top_p=0.7), Sampling(0.7, 5, 0.8), Sampling(1.0, 1),
     Sampling(1.0, top_p=1e-6), Sampling(1.0, top_k=99),
 ]  # fmt: skip
+filtered, sample = (jax.jit(function, compiler_options=QUICK) for function in (sampling.filtered, sampling.sample))
 
 
 def rows_of(rules, seeds):
@@ -99,11 +102,12 @@ def test_a_draw_depends_on_seed_and_step_alone():
     assert (np.asarray(sample(logits, rows_of(rules, range(200, 216)), jnp.int32(5))) != together).any()
 
 
+INF, NAN = float("inf"), float("nan")
+
+
 @pytest.mark.parametrize(
-    "field", [{"temperature": -0.1}, {"temperature": float("inf")}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}],
-    ids=str,
-)  # fmt: skip
-def test_bad_settings_raise(field):
-    (name,) = field
+    ("name", "value"), [("temperature", -0.1), ("temperature", INF), ("temperature", NAN), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1)]
+)
+def test_bad_settings_raise(name, value):
     with pytest.raises(MeetjaxError, match=f"sampling: {name}"):
-        Sampling(**field)
+        Sampling(**{name: value})

@@ -305,7 +305,10 @@ def test_sharded_equals_plain(tmp_path):
     plain = load(path)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     spec = {3: PartitionSpec(None, "data", "model"), 2: PartitionSpec("model"), 1: PartitionSpec("data")}
-    is_shape = lambda node: isinstance(node, tuple)
+
+    def is_shape(node):
+        return isinstance(node, tuple)
+
     shardings = jax.tree.map(lambda shape: NamedSharding(mesh, spec[len(shape)]), sites.shapes(plain.config), is_leaf=is_shape)
     sharded = load(path, shardings=shardings)
     assert sharded.params["blocks"]["q"].sharding.shard_shape((2, 32, 32)) == (2, 8, 16)

@@ -103,7 +103,10 @@ def split(config: ModelConfig, mesh=None) -> dict:
         "embed": PartitionSpec("data", None),
         "head": PartitionSpec("model", "data"),
     }
-    is_shape = lambda node: isinstance(node, tuple)
+
+    def is_shape(node):
+        return isinstance(node, tuple)
+
     paths = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key, sites.shapes(config), is_leaf=is_shape)
     return jax.tree.map(lambda name: NamedSharding(mesh, specs.get(name, PartitionSpec())), paths)
 

@@ -131,9 +131,11 @@ def test_hub_id_asks_for_weights_and_tokenizer_only(monkeypatch, tmp_path):
     asked = {}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: asked.update(options, repo=repo) or str(tmp_path))
     assert sources.find_source("org/name") == sources.Source(tmp_path, "org/name")
-    keep = lambda file: list(
-        huggingface_hub.utils.filter_repo_objects([file], allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
-    )
+    patterns = {"allow_patterns": asked["allow_patterns"], "ignore_patterns": asked["ignore_patterns"]}
+
+    def keep(file):
+        return list(huggingface_hub.utils.filter_repo_objects([file], **patterns))
+
     wanted = ["config.json", "tokenizer.json", "model.safetensors", "model-00001-of-00002.safetensors", "chat_template.jinja", "merges.txt"]
     assert all(keep(file) for file in wanted)
     assert not any(keep(file) for file in ("pytorch_model.bin", "onnx/model.json", "original/params.json", "consolidated.safetensors"))

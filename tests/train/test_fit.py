@@ -32,11 +32,11 @@ from meetjax.train.reference import Reference
 from meetjax.train.sharding import make_mesh
 from meetjax.train.stage import Optim, Stage, Train
 from meetjax.train.step import make_optimizer, make_step
-from tests.conftest import write_pairs, write_recipe
+from tests.conftest import QUICK, RECIPE_STEPS, write_pairs, write_recipe
 
 LORA = LoraSpec(rank=2, sites=("q", "down"))
 STEPS, SAVE_EVERY, LENGTH = 8, 3, 64
-KILLS, SEED, RECIPE_STEPS = 10, 20240607, 48
+KILLS, SEED = 10, 20240607
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,17 @@ def rows(model, tmp_path_factory):
     return tokenize_records(records, model.tokenizer, LENGTH)[0]
 
 
+@functools.cache
+def quick_step(config, stage, tx, microbatches):
+    """`make_step`'s program compiled quickly, one for all runs of a stage. The command line below runs it as users do."""
+    return jax.jit(make_step(config, stage, tx, microbatches).__wrapped__, donate_argnums=0, compiler_options=QUICK)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def shared_programs():
-    """Runs of one stage share their compiled step, as one process that calls `fit` once never has to."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit_module, "make_optimizer", functools.cache(make_optimizer))
-        patch.setattr(fit_module, "make_step", functools.cache(make_step))
+        patch.setattr(fit_module, "make_step", quick_step)
         yield
 
 
@@ -217,19 +222,9 @@ def assert_same_adapters(found, expected):
         np.testing.assert_array_equal(found[path], leaf, err_msg=path)
 
 
-@pytest.fixture(scope="module")
-def recipe(model_folder, command, tmp_path_factory):
-    """(experiment file, adapters of its undisturbed run)."""
-    folder = tmp_path_factory.mktemp("recipe")
-    file = write_recipe(folder, model_folder, steps=RECIPE_STEPS)
-    done = command("align", file, "--set", f"out={folder / 'out'}")
-    assert done.status == 0, done.err
-    return file, adapters(folder / "out")
-
-
-def test_killed_ten_times_ends_with_the_same_bits(recipe, command, tmp_path):
+def test_killed_ten_times_ends_with_the_same_bits(aligned, command, tmp_path):
     """kill -9 at ten random steps, each run going on where the last checkpoint of the one before stands."""
-    (file, expected), draw, out, killed = recipe, random.Random(SEED), tmp_path / "out", []
+    (file, finished, _), draw, out, killed = aligned, random.Random(SEED), tmp_path / "out", []
     for goal in sorted(draw.sample(range(1, RECIPE_STEPS - 12), KILLS)):
         goal = max(goal, last_step(out) + 1)
         pid = command.start("align", file, "--set", f"out={out}")
@@ -241,12 +236,12 @@ def test_killed_ten_times_ends_with_the_same_bits(recipe, command, tmp_path):
     assert killed == sorted(set(killed))  # each run got beyond the one before
     done = command("align", file, "--set", f"out={out}")
     assert done.status == 0, done.err
-    assert_same_adapters(adapters(out), expected)
+    assert_same_adapters(adapters(out), adapters(finished))
     assert [row["step"] for row in read_metrics(out / "stage-0")] == list(range(1, RECIPE_STEPS + 1))
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(recipe, command, tmp_path):
-    (file, expected), out = recipe, tmp_path / "out"
+def test_sigterm_saves_and_the_same_command_goes_on(aligned, command, tmp_path):
+    (file, finished, _), out = aligned, tmp_path / "out"
     arguments = ("align", file, "--set", f"out={out}")
     pid = command.start(*arguments)
     wait_until(lambda: last_step(out) >= 4)
@@ -261,14 +256,15 @@ def test_sigterm_saves_and_the_same_command_goes_on(recipe, command, tmp_path):
     done = command(*arguments)
     assert done.status == 0, done.err
     assert f"steps {step} to {RECIPE_STEPS}" in done.out
-    assert_same_adapters(adapters(out), expected)
+    assert_same_adapters(adapters(out), adapters(finished))
 
 
 def test_full_disk_while_saving_leaves_the_checkpoint_before(model_folder, command, tmp_path):
     """A limit on file size stands for the disk that fills up: the state no longer fits, its log still does."""
-    file, out = write_recipe(tmp_path, model_folder, steps=RECIPE_STEPS), tmp_path / "out"
+    file, out = write_recipe(tmp_path, model_folder), tmp_path / "out"
     folder = out / "stage-0" / "checkpoints"
-    pid = command.start("align", file, "--set", f"out={out}")
+    arguments = ("align", file, "--set", f"out={out}", "--set", "train.save_every=2")
+    pid = command.start(*arguments)
     wait_until(lambda: (folder / "4").exists())
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (150_000, 150_000))
     failed = command.finish()
@@ -278,6 +274,6 @@ def test_full_disk_while_saving_leaves_the_checkpoint_before(model_folder, comma
     assert "earlier checkpoints are untouched; free space" in line
     whole = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
     assert whole
-    done = command("align", file, "--set", f"out={out}")
+    done = command(*arguments)
     assert done.status == 0, done.err
     assert f"steps {max(whole)} to {RECIPE_STEPS}" in done.out
