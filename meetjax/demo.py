@@ -43,7 +43,7 @@ from meetjax.train.stage import Data, Optim, Recipe, Stage, Train, resolved
 MODEL = "smollm2-135m-instruct"
 SET = Path(meetjax.data.__file__).parent / "concise.jsonl"
 STRENGTHS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0)
-CURVE_PROMPTS = 10
+CURVE_PROMPTS = 8
 SAMPLE_PROMPTS = 3
 MAX_NEW_TOKENS = 96
 
@@ -55,8 +55,8 @@ RECIPE = Recipe(
     stages=(
         Stage((PromptSpec(length=8, text="Be brief."),), Dpo(beta=0.1), Optim(learning_rate=1e-2)),
         Stage((LoraSpec(rank=8, alpha=16.0, sites=("q", "v")),), Dpo(beta=0.1), Optim(learning_rate=1e-3)),
-        Stage((EditSpec(),), Dpo(beta=0.1), Optim(learning_rate=1e-2)),
-        Stage((IdentitySpec(),), Dpo(beta=0.1), Optim(learning_rate=1e-4)),
+        Stage((EditSpec(),), Dpo(beta=0.1), Optim(learning_rate=5e-3)),
+        Stage((IdentitySpec(),), Dpo(beta=0.1), Optim(learning_rate=7e-5)),
     ),
 )
 """Each stage trains one kind from the base; unlike in `align`, a stage does not build on the one before."""

@@ -158,16 +158,32 @@ def make_step_layout(
     return _layout(config, bias, _moved(rows.index, rows.bos, shift), keys, slot + places.shape[1])
 
 
-def attention(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], bias: Array | None) -> Array:
-    """softmax(q k / sqrt(H) + bias) v, grouped heads; bias None is plain causal."""
-    with jax.numpy_dtype_promotion("standard"):  # JAX's own code widens bfloat16 scores to float32 by promotion
-        return jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=bias is None)
+def attention(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], bias: Array | None) -> Array:
+    """softmax(q k / sqrt(H) + bias) v, [B, T, N, H]; query heads share their group's keys; bias None is plain causal.
+
+    Products and softmax accumulate in float32. Keys come with heads before slots: a product over the other order copies the
+    cache at every step (measured on CPU, one query against 160 slots: 5 times slower).
+    """
+    batch, length, heads, width = q.shape
+    groups = k.shape[1]
+    q = jnp.moveaxis((q * width**-0.5).reshape(batch, length, groups, heads // groups, width), 1, 3)
+    q = q.reshape(batch, groups, -1, width)
+    scores = jax.lax.dot_general(q, k, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, groups, heads // groups, length, -1)
+    if bias is None:
+        scores = jnp.where(jnp.tril(jnp.ones((length, length), jnp.bool_))[None, None, None], scores, MASKED)
+    else:
+        scores = scores + bias[:, :, None]
+    weights = jax.nn.softmax(scores, axis=-1).reshape(batch, groups, -1, k.shape[2]).astype(v.dtype)
+    out = jax.lax.dot_general(weights, v, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    out = out.reshape(batch, groups, heads // groups, length, width).astype(v.dtype)
+    return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width)
 
 
 def make_attend(layout: Layout, windowed: bool | Array = True, cache: tuple[Array, Array] | None = None):
     """The `attend` of `layers.block` for one layer; it returns (output, (keys, values)).
 
-    windowed: whether this layer uses the sliding window; a traced bool inside a scan. cache: (keys, values) [B, S, K, H]: the
+    windowed: whether this layer uses the sliding window; a traced bool inside a scan. cache: (keys, values) [B, K, S, H]: the
     new keys are written at `layout.slot` and the queries attend to all of it. Without it they attend to their own keys.
     """
     bias = layout.bias
@@ -176,9 +192,10 @@ def make_attend(layout: Layout, windowed: bool | Array = True, cache: tuple[Arra
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
         q, k = rotate(q, layout.angles), rotate(k, layout.angles)
+        k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
         slot = layout.slot
         if cache is not None and slot is not None:
-            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1) for old, new in zip(cache, (k, v), strict=True))
+            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=2) for old, new in zip(cache, (k, v), strict=True))
         return attention(q, k, v, bias), (k, v)
 
     return attend

@@ -106,7 +106,7 @@ def unstack(params: Params) -> Params:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values [B*S, P + capacity, K, H] of every layer and, per identity block, [B, P + capacity, K, H].
+    """Keys and values [B*S, K, P + capacity, H] of every layer and, per identity block, [B, K, P + capacity, H].
 
     slot: int32[], text slots filled; pad: int32[B], left padding; bos: int32[B], whether the text begins with BOS.
     """
@@ -219,7 +219,7 @@ def prefill(
     rows = text_rows(config, tokens, pad)
     h, blocks, identity = _forward(config, params, tokens, rows, adapters, gates, dial, keep=True)
     room = capacity - tokens.shape[1]
-    blocks, identity = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))), (blocks, identity))
+    blocks, identity = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))), (blocks, identity))
     return h[:, -1], Cache(blocks, identity, jnp.int32(tokens.shape[1]), pad, rows.bos)
 
 
@@ -235,7 +235,7 @@ def decode_step(
     """Runs one more token a row against the cache: its hidden state and the cache with it."""
     prompt = getattr(adapters, "prompt", None)
     prompt_length = 0 if prompt is None else prompt.vectors.shape[0] * prompt.vectors.shape[1]
-    capacity = cache.blocks[0][0].shape[1] - prompt_length
+    capacity = cache.blocks[0][0].shape[2] - prompt_length
     keys = jnp.arange(capacity, dtype=jnp.int32)[None] - cache.pad[:, None]
     rows = Rows((cache.slot - cache.pad)[:, None], keys, cache.bos)
     h, blocks, identity = _forward(config, params, tokens[:, None], rows, adapters, gates, dial, cache, keep=True)

@@ -137,12 +137,9 @@ def block(config: ModelConfig, params: dict, h: Float[Array, "B T D"], lora: Any
     return h + linear(gated, params, "down", lora, edit, gates), extra
 
 
-def head_matrix(params: dict) -> Float[Array, "D V"]:
-    """The output projection: its own leaf, or the transposed embedding of a tied model."""
-    return params["head"] if "head" in params else params["embed"].T
-
-
 def logits(params: dict, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """float32 logits of normed hidden states."""
-    head = head_matrix(params).astype(hidden.dtype)
-    return jax.lax.dot_general(hidden, head, (((hidden.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    """float32 logits of normed hidden states, through the head or the embedding of a tied model."""
+    # The tied embedding is contracted where it lies: written as a product with its transpose, it may be copied at every step.
+    head, axis = (params["head"], 0) if "head" in params else (params["embed"], 1)
+    head = head.astype(hidden.dtype)
+    return jax.lax.dot_general(hidden, head, (((hidden.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)

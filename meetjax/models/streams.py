@@ -8,6 +8,7 @@ mixing logits, and the head runs once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -71,7 +72,9 @@ def mix(h: Float[Array, "BS T D"], streams: Streams) -> Float[Array, "B T D"]:
     if streams.weights is None:
         return h
     parts = h.reshape(-1, len(streams.blocks), *h.shape[1:]).astype(jnp.float32)
-    return jnp.sum(streams.weights[:, :, None, None] * parts, axis=1).astype(h.dtype)
+    # Added one by one: a reduction would be fused into the head's product on CPU and computed anew for every tile of it.
+    weighted = [streams.weights[:, s, None, None] * parts[:, s] for s in range(len(streams.blocks))]
+    return functools.reduce(jnp.add, weighted).astype(h.dtype)
 
 
 def kind_gates(bank: Any, kind: str, gates: Float[Array, "B A"] | None) -> Float[Array, "B E"] | None:

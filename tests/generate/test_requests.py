@@ -15,10 +15,9 @@ from meetjax.adapters.prompt import PromptSpec
 from meetjax.data.records import Message
 from meetjax.data.template import render_prompt
 from meetjax.errors import MeetjaxError
-from meetjax.generate.decode import generate_tokens
 from meetjax.generate.requests import Request, generate_texts
 from meetjax.generate.sampling import Sampling
-from tests.conftest import QUICK, build_tokenizer, random_bank
+from tests.conftest import build_tokenizer, random_bank
 
 NEW = 8
 REQUESTS = [
@@ -30,15 +29,6 @@ REQUESTS = [
     Request("hello", system="a short answer", gates=(1.0,), sampling=Sampling(0.8, top_k=20), seed=4),
 ]
 DIALLED = [dataclasses.replace(request, dial=dial) for request, dial in zip(REQUESTS, (1.0, 0.5, None, 2.0, 0.0, -1.0), strict=True)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_programs():
-    """The same programs, compiled three times faster."""
-    quick = jax.jit(generate_tokens.__wrapped__, static_argnums=0, static_argnames="max_new_tokens", compiler_options=QUICK)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(requests_module, "generate_tokens", quick)
-        yield
 
 
 @pytest.fixture(scope="module")

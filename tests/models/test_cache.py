@@ -89,4 +89,4 @@ def test_two_identity_blocks_have_a_cache_each(base):
     assert_differs(whole, at_the_same_tokens(quick_forward(config, params, TOKENS, bank)))
     cache = jax.eval_shape(lambda: prefill(config, unstack(params), TOKENS, PAD, CAPACITY, deep)[1])
     assert sorted(cache.identity) == ["0.0", "0.1"]
-    assert all(leaf.shape == (BATCH, CAPACITY, config.kv_heads, config.head_width) for leaf in jax.tree.leaves(cache.identity))
+    assert all(leaf.shape == (BATCH, config.kv_heads, CAPACITY, config.head_width) for leaf in jax.tree.leaves(cache.identity))
