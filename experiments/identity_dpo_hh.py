@@ -13,7 +13,7 @@ from meetjax.train.stage import Data, Optim, Recipe, Stage, Train
 def get_config() -> Recipe:
     return Recipe(
         name="identity_dpo_hh",
-        data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=512),
-        train=Train(steps=200, batch_size=8),
+        data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
+        train=Train(steps=200, batch_size=4),
         stages=(Stage((IdentitySpec(),), Dpo(beta=0.1), Optim(learning_rate=1e-4)),),
     )

@@ -16,7 +16,7 @@ from meetjax.adapters.io import save_adapters
 from meetjax.adapters.tree import KINDS, Bank, count_parameters
 from meetjax.data.audit import render_table, split_rows, then
 from meetjax.data.loader import Buckets, default_buckets
-from meetjax.data.records import read_records
+from meetjax.data.records import holds_pairs, read_records
 from meetjax.data.tokenize import Rows, tokenize_records
 from meetjax.errors import MeetjaxError
 from meetjax.evaluate.preference import accuracy, row_logps, shorter_accuracy
@@ -31,7 +31,7 @@ from meetjax.train.stage import Data, Recipe, Stage, check_recipe, resolved
 
 
 class Split(NamedTuple):
-    """Training rows of the objective's form; held-out pairs as rows and as records, None without any."""
+    """Training rows of the objective's form; held-out rows, pairs where the data has them, and their records; None without any."""
 
     train: Rows
     held_out: Rows | None
@@ -48,7 +48,7 @@ def read_rows(data: Data, form: Literal["pair", "completion"], tokenizer: Any, c
     train, held_out, split = split_rows(records, data.held_out, data.seed)
     rows, made = tokenize_records(train, tokenizer, data.max_length, data.template)
     console.print(render_table(then(read, split, made), f"{data.path} ({form})"))
-    if form != "pair":
+    if form != "pair" and holds_pairs(data.path, data.split):
         pairs, _ = read_records(data.path, "pair", data.split, data.limit)
         _, held_out, _ = split_rows(pairs, data.held_out, data.seed)
     held_rows, held_audit = tokenize_records(held_out, tokenizer, data.max_length, data.template)
@@ -99,7 +99,7 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
         "recipe": resolved(recipe),
     }
     if held_rows is not None:
-        console.print(f"evaluating on {len(held_rows):,} held-out pairs")
+        console.print(f"evaluating on {len(held_rows):,} held-out rows")
         summary |= held_out(config, model, bank, held_rows, buckets(recipe.data))
     summary |= {"wall_s": round(time.monotonic() - begun, 1), "peak_rss_gb": round(peak_rss_gb(), 3)}
     console.print(f"wrote {write_summary(summary, out)}")
@@ -114,9 +114,15 @@ def _with_new_kinds(bank: Bank, stage: Stage, config: ModelConfig, model: Model,
 
 
 def held_out(config: ModelConfig, model: Model, bank: Bank, rows: Rows, lengths: Buckets) -> dict[str, Any]:
-    """Implicit-reward accuracy s - s_ref over held-out pairs with its interval, beside what costs no training."""
+    """Implicit-reward accuracy s - s_ref over held-out pairs with its interval, beside what costs no training.
+
+    Demonstrations have no rejected answer: for them the loss in nats a token, beside the base model's.
+    """
     base = row_logps(config, model.params, None, rows, lengths)
     policy = row_logps(config, model.params, bank, rows, lengths)
+    if policy.shape[1] == 1:
+        tokens = float((rows.lengths - rows.starts).sum())
+        return {"held_out_loss": -policy.sum() / tokens, "baseline_untrained_loss": -base.sum() / tokens, "held_out_n": len(rows)}
     margins = (policy - base)[:, 0] - (policy - base)[:, 1]
     ours = accuracy(margins)
     return {

@@ -54,7 +54,7 @@ RECIPE = Recipe(
     train=Train(steps=8, batch_size=4, save_every=8),
     stages=(
         Stage((PromptSpec(length=8, text="Be brief."),), Dpo(beta=0.1), Optim(learning_rate=1e-2)),
-        Stage((LoraSpec(rank=8, alpha=16.0, sites=("q", "v")),), Dpo(beta=0.1), Optim(learning_rate=1e-3)),
+        Stage((LoraSpec(rank=8, alpha=16.0, sites=("q", "v")),), Dpo(beta=0.1), Optim(learning_rate=1.5e-3)),
         Stage((EditSpec(),), Dpo(beta=0.1), Optim(learning_rate=5e-3)),
         Stage((IdentitySpec(),), Dpo(beta=0.1), Optim(learning_rate=7e-5)),
     ),

@@ -45,6 +45,18 @@ def other_model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("models") / "other", chat=None, seed=1)
 
 
+def test_align_learns_demonstrations(command, model_folder, tmp_path):
+    rows = [{"prompt": f"{n} cat?", "completion": "the mat"} for n in range(24)]
+    data = tmp_path / "demonstrations.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = write_recipe(tmp_path, model_folder, objective="Sft()")
+    done = command("align", recipe, "--set", f"data.path={data}", "--set", f"out={tmp_path / 'out'}")
+    assert done.status == 0, done.err
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["held_out_loss"] < summary["baseline_untrained_loss"]
+    assert summary["held_out_n"] == 6
+
+
 def test_align_writes_a_summary_and_adapters(aligned, model_folder):
     _, out, printed = aligned
     summary = json.loads((out / "summary.json").read_text())

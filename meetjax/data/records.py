@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,6 +104,11 @@ def read_records(
         tally(excluded, EMPTY, records[0].where, len(records))
     require_rows(Audit(usable, excluded), source)
     return records, Audit(len(records), excluded, noted)
+
+
+def holds_pairs(source: str | Path, split: str | None = None) -> bool:
+    """Whether the first row has a rejected answer; False for an empty source."""
+    return any("rejected" in row for row, _ in itertools.islice(iterate_rows(source, split), 1))
 
 
 def parse_pair(row: Mapping[str, Any], where: str) -> Pair | str:
