@@ -103,8 +103,12 @@ def selftest(model: str = "smollm2-135m-instruct") -> None:
     Args:
         model: hub id, folder, .gguf file or smollm2-135m-instruct.
     """
+    import jax
+
     from meetjax.selftest import run
 
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", 4)  # so that a mesh has something to permute where there is only a CPU
     if not run(model):
         sys.exit(1)
 

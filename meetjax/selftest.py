@@ -124,7 +124,7 @@ def _mesh_laws(model: Model, trainable: Parts, frozen: Parts, batch: Batch, grad
     devices = jax.devices()[:4]
     shape = {1: (1, 1, 1), 2: (2, 1, 1), 3: (1, 1, 1)}.get(len(devices), (2, 2, 1))
     orders = list(itertools.permutations(devices))
-    for order in (orders[0], orders[len(orders) // 2]):
+    for order in dict.fromkeys((orders[0], orders[len(orders) // 2])):
         mesh = make_mesh(shape, list(order))
         with jax.set_mesh(mesh):
             sharded = Parts(jax.device_put(frozen.params, base_shardings(model.config, mesh)), frozen.adapters)
