@@ -34,7 +34,7 @@ from meetjax.evaluate.report import write_report, write_summary
 from meetjax.generate.requests import Completion, Request, generate_texts
 from meetjax.models.load import Model, load
 from meetjax.objectives.preference import Dpo
-from meetjax.train.fit import fit, losses
+from meetjax.train.fit import fit
 from meetjax.train.metrics import peak_rss_gb, read_metrics
 from meetjax.train.reference import Reference
 from meetjax.train.sharding import make_mesh
@@ -112,7 +112,7 @@ def run(out: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
             curve = dial_curve(model.config, model.params, bank, curve_rows, lengths, STRENGTHS)
             for point in curve:
                 point["mean_tokens"] = float(np.mean([answer.tokens for answer in answers[point["strength"]]]))
-        history = losses(read_metrics(out / kind))
+        history = [row["loss"] for row in read_metrics(out / kind)]
         summary["kinds"][kind] = _named(accuracy(ratio[:, 0] - ratio[:, 1])) | {
             "trained_parameters": count_parameters(bank),
             "train_s": round(train_s, 1),

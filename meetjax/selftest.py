@@ -27,7 +27,7 @@ from meetjax.demo import SET
 from meetjax.models.decoder import apply, decode_step, hidden_states, prefill, unstack
 from meetjax.models.layers import logits
 from meetjax.models.load import Model, load
-from meetjax.objectives.logps import answer_logps
+from meetjax.objectives.logps import compiled_answer_logps as logps
 from meetjax.objectives.preference import Dpo
 from meetjax.train.sharding import base_shardings, make_mesh, put_batch, replicated
 from meetjax.train.step import Parts, make_gradient, partition
@@ -75,7 +75,6 @@ def _laws(model: Model, tolerance: float) -> Iterator[tuple[str, float, float]]:
         "edit": init_bank(config, params, (EditSpec(),), model.tokenizer, key),
         "identity": init_bank(config, params, (IdentitySpec(),), model.tokenizer, key),
     }
-    logps = partial(jax.jit, static_argnums=0)(answer_logps)
     base = np.asarray(logps(config, params, None, batch))
     for kind, bank in fresh.items():
         scores = np.asarray(logps(config, params, bank, batch))

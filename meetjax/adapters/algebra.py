@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from meetjax.adapters.tree import KINDS, Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt, columns
 from meetjax.errors import MeetjaxError
+from meetjax.models import sites
 from meetjax.models.config import ModelConfig
 from meetjax.types import Params
 
@@ -89,7 +90,7 @@ def merge(config: ModelConfig, params: Params, bank: Bank, gates: Sequence[float
             raise MeetjaxError(f"merge: {kind} is not part of a linear layer", expected="lora or edit", fix=f"keep {kind} as an adapter")
     strengths = jnp.ones(columns(bank)) if gates is None else jnp.asarray(gates, jnp.float32)
     blocks, biases = dict(params["blocks"]), set(config.biases)
-    for name in [field.name for field in dataclasses.fields(Lora)[:7]]:
+    for name in sites.LINEAR:
         weight = blocks[name].astype(jnp.float32)
         if bank.lora is not None and (low_rank := getattr(bank.lora, name)) is not None:
             strength = strengths[jnp.asarray(bank.lora.entries)] * bank.lora.scale

@@ -5,7 +5,6 @@ The base is never in the file; the manifest names it by fingerprint, and loading
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -124,10 +123,10 @@ def lora_to_peft(lora: Lora) -> dict[str, np.ndarray]:
     if len(lora.entries) != 1:
         raise MeetjaxError("PEFT export", expected="one LoRA", found=f"a bank of {len(lora.entries)}", fix="export them one by one")
     state = {}
-    for field in dataclasses.fields(lora)[:7]:
-        if (site := getattr(lora, field.name)) is None:
+    for name in sites.LINEAR:
+        if (site := getattr(lora, name)) is None:
             continue
-        module = sites.BLOCK[field.name].hf.removesuffix(".weight")
+        module = sites.BLOCK[name].hf.removesuffix(".weight")
         for layer in range(site.a.shape[0]):
             path = f"base_model.model.model.layers.{layer}.{module}"
             state[f"{path}.lora_A.weight"] = np.ascontiguousarray(np.asarray(site.a[layer, 0]).T)

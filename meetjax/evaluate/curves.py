@@ -17,7 +17,7 @@ from meetjax.data.tokenize import Rows
 from meetjax.models.config import ModelConfig
 from meetjax.models.decoder import hidden_states
 from meetjax.models.layers import logits
-from meetjax.objectives.logps import CHUNK
+from meetjax.objectives.logps import CHUNK, answer_mask
 from meetjax.types import Array, Params
 
 forward = partial(jax.jit, static_argnums=0)(hidden_states)
@@ -52,8 +52,7 @@ def dial_curve(
     for batch, _ in eval_batches(rows, batch_size, buckets):
         _, answers, width = batch.tokens.shape
         tokens = batch.tokens.reshape(-1, width)
-        target = np.arange(1, width)
-        answered = (target >= batch.starts[..., None]) & (target < batch.lengths[..., None]) & (batch.weights > 0)[:, None, None]
+        answered = np.asarray(answer_mask(batch.starts, batch.lengths, width)) * (batch.weights > 0)[:, None, None]
         row, place = np.nonzero(answered.reshape(-1, width - 1))
         sign = np.where(row % answers == 0, 1.0, -1.0)
         spare = -len(row) % CHUNK

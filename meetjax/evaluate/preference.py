@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -13,10 +11,8 @@ from meetjax.data.loader import Buckets, eval_batches
 from meetjax.data.tokenize import Rows
 from meetjax.evaluate.intervals import wilson
 from meetjax.models.config import ModelConfig
-from meetjax.objectives.logps import answer_logps
+from meetjax.objectives.logps import compiled_answer_logps
 from meetjax.types import Params
-
-scores = partial(jax.jit, static_argnums=0)(answer_logps)
 
 
 def row_logps(
@@ -25,7 +21,7 @@ def row_logps(
     """Summed answer log-probabilities in nats of every row, the bank in full."""
     out = np.zeros(rows.starts.shape, np.float64)
     for batch, chosen in eval_batches(rows, batch_size, buckets):
-        values = np.asarray(scores(config, params, bank, batch))
+        values = np.asarray(compiled_answer_logps(config, params, bank, batch))
         real = batch.weights > 0
         out[chosen[real]] = values[real]
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -46,3 +47,7 @@ def answer_logps(config: ModelConfig, params: Params, adapters: Any, batch: Batc
     scores = token_logps(params, hidden[:, :-1].reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1))
     mask = answer_mask(batch.starts, batch.lengths, width)
     return jnp.sum(scores.reshape(prompts, answers, width - 1) * mask, axis=-1)
+
+
+compiled_answer_logps = partial(jax.jit, static_argnums=0)(answer_logps)
+"""`answer_logps` as one program for all who only score: references, held-out pairs, the self-test."""

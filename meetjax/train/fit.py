@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
 from meetjax.adapters.bank import KIND_OF
@@ -130,8 +129,3 @@ def _sigterm_sets(stop: threading.Event) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def losses(rows: list[dict[str, Any]]) -> list[float]:
-    """The loss of every step of a metrics log."""
-    return [float(np.nan if row["loss"] is None else row["loss"]) for row in rows]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import jax
 import numpy as np
@@ -11,11 +10,9 @@ from jaxtyping import Float
 
 from meetjax.data.tokenize import Rows
 from meetjax.models.config import ModelConfig
-from meetjax.objectives.logps import answer_logps
+from meetjax.objectives.logps import compiled_answer_logps
 from meetjax.train.sharding import put_batch
 from meetjax.types import Batch, Params
-
-base_logps = partial(jax.jit, static_argnums=0)(lambda config, params, batch: answer_logps(config, params, None, batch))
 
 
 class Reference:
@@ -33,5 +30,5 @@ class Reference:
         """The batch with `ref_logps`; a new batch costs one forward pass."""
         key = (str(batch.tokens.shape), *rows.hashes[chosen])
         if key not in self._known:
-            self._known[key] = np.asarray(base_logps(self._config, self._params, put_batch(batch, mesh)))
+            self._known[key] = np.asarray(compiled_answer_logps(self._config, self._params, None, put_batch(batch, mesh)))
         return dataclasses.replace(batch, ref_logps=self._known[key])

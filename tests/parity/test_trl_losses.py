@@ -22,9 +22,9 @@ from meetjax.data.loader import Plan, pad_batch
 from meetjax.data.records import Completion
 from meetjax.data.template import render_prompt
 from meetjax.data.tokenize import answer_ids, tokenize_records
+from meetjax.objectives.logps import compiled_answer_logps
 from meetjax.objectives.preference import Dpo, dpo_loss
 from meetjax.objectives.sft import Sft
-from meetjax.train.reference import base_logps
 from meetjax.train.step import make_gradient, partition
 
 LOSS_ERROR = 1e-4
@@ -117,7 +117,7 @@ def test_dpo_loss_and_gradient_parity(smollm2, pairs, lora, dpo_trainer):
     theirs, expected = their_gradients(dpo_trainer.model), their_metrics(dpo_trainer)
 
     batch = whole_batch(rows)
-    batch = dataclasses.replace(batch, ref_logps=np.asarray(base_logps(smollm2.config, smollm2.params, batch)))
+    batch = dataclasses.replace(batch, ref_logps=np.asarray(compiled_answer_logps(smollm2.config, smollm2.params, None, batch)))
     trainable, frozen = partition(smollm2.params, Bank(lora=lora), kinds=("lora",), base=False)
     gradient, found = jax.jit(make_gradient(smollm2.config, Dpo(beta=BETA)))(trainable, frozen, batch)
 
@@ -184,7 +184,7 @@ def test_sft_loss_and_gradient_parity(smollm2, torch_smollm2, pairs, lora, peft_
     trainable, frozen = partition(smollm2.params, Bank(lora=lora), kinds=("lora",), base=False)
     gradient, found = jax.jit(make_gradient(smollm2.config, Sft()))(trainable, frozen, batch)
     answer_tokens = (rows.lengths - rows.starts)[:, 0]
-    base_loss = -np.asarray(base_logps(smollm2.config, smollm2.params, batch)).sum() / answer_tokens.sum()
+    base_loss = -np.asarray(compiled_answer_logps(smollm2.config, smollm2.params, None, batch)).sum() / answer_tokens.sum()
     assert abs(base_loss - loss.item()) > TRAINED
     assert abs(float(found["loss"]) - loss.item()) <= LOSS_ERROR
     assert_gradients_equal(gradient.adapters.lora, theirs)
