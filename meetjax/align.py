@@ -14,8 +14,8 @@ from rich.console import Console
 from meetjax.adapters.bank import KIND_OF, init_bank
 from meetjax.adapters.io import save_adapters
 from meetjax.adapters.tree import KINDS, Bank, count_parameters
-from meetjax.data.audit import render_table, split_rows, then
-from meetjax.data.loader import Buckets, default_buckets
+from meetjax.data.audit import Audit, render_table, split_rows, then
+from meetjax.data.loader import Buckets, choose_buckets
 from meetjax.data.records import holds_pairs, read_records
 from meetjax.data.tokenize import Rows, tokenize_records
 from meetjax.errors import MeetjaxError
@@ -31,34 +31,38 @@ from meetjax.train.stage import Data, Recipe, Stage, check_recipe, resolved
 
 
 class Split(NamedTuple):
-    """Training rows of the objective's form; held-out rows, pairs where the data has them, and their records; None without any."""
+    """Training rows of the objective's form; held-out rows, pairs where the data has them, and their records; None without any.
+
+    buckets: the padded lengths of both, those of the recipe or the best ones.
+    """
 
     train: Rows
     held_out: Rows | None
     records: list[Any]
+    buckets: Buckets
 
 
 def read_rows(data: Data, form: Literal["pair", "completion"], tokenizer: Any, console: Console) -> Split:
     """Reads, splits and tokenises `data`, and prints what was left out and why."""
+
+    def tokenized(records: list[Any]) -> tuple[Rows, Audit]:
+        rows, made = tokenize_records(records, tokenizer, data.max_length, data.template)
+        return dataclasses.replace(rows, shared_prompt=data.shared_prompt), made
+
     records, read = read_records(data.path, form, data.split, data.limit)
     if not data.held_out:
-        rows, made = tokenize_records(records, tokenizer, data.max_length, data.template)
+        rows, made = tokenized(records)
         console.print(render_table(then(read, made), f"{data.path} ({form})"))
-        return Split(rows, None, [])
+        return Split(rows, None, [], data.buckets or choose_buckets(rows))
     train, held_out, split = split_rows(records, data.held_out, data.seed)
-    rows, made = tokenize_records(train, tokenizer, data.max_length, data.template)
+    rows, made = tokenized(train)
     console.print(render_table(then(read, split, made), f"{data.path} ({form})"))
     if form != "pair" and holds_pairs(data.path, data.split):
         pairs, _ = read_records(data.path, "pair", data.split, data.limit)
         _, held_out, _ = split_rows(pairs, data.held_out, data.seed)
-    held_rows, held_audit = tokenize_records(held_out, tokenizer, data.max_length, data.template)
+    held_rows, held_audit = tokenized(held_out)
     console.print(render_table(held_audit, "held out"))
-    return Split(rows, held_rows, held_out)
-
-
-def buckets(data: Data) -> Buckets:
-    """The padded lengths that rows may have, each a compiled program: those of the recipe, else the default ones."""
-    return data.buckets or default_buckets(data.max_length)
+    return Split(rows, held_rows, held_out, data.buckets or choose_buckets(rows, held_rows))
 
 
 def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
@@ -82,13 +86,13 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
         expected = f"at most {config.max_position}, the positions of {model.name}"
         raise MeetjaxError("recipe: data.max_length", expected=expected, found=recipe.data.max_length)
     reference = Reference(config, model.params)
-    bank, held_rows = Bank(), None
+    bank, held_rows, buckets = Bank(), None, ()
     for i, stage in enumerate(recipe.stages):
-        rows, held_rows, _ = read_rows(recipe.data, stage.objective.form, model.tokenizer, console)
+        rows, held_rows, _, buckets = read_rows(recipe.data, stage.objective.form, model.tokenizer, console)
         bank = _with_new_kinds(bank, stage, config, model, recipe.train.seed)
         _, bank = fit(
             config, model.params, bank, rows, stage, recipe.train, out / f"stage-{i}",
-            buckets=buckets(recipe.data), mesh=mesh, identity=_identity(recipe, model, i),
+            buckets=buckets, mesh=mesh, identity=_identity(recipe, model, i),
             reference=reference, title=f"stage {i}: {type(stage.objective).__name__.lower()}", console=console,
         )  # fmt: skip
     save_adapters(out / "adapters", bank, base=model.name, fingerprint=model.fingerprint, recipe=resolved(recipe))
@@ -100,7 +104,7 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     }
     if held_rows is not None:
         console.print(f"evaluating on {len(held_rows):,} held-out rows")
-        summary |= held_out(config, model, bank, held_rows, buckets(recipe.data))
+        summary |= held_out(config, model, bank, held_rows, buckets)
     summary |= {"wall_s": round(time.monotonic() - begun, 1), "peak_rss_gb": round(peak_rss_gb(), 3)}
     console.print(f"wrote {write_summary(summary, out)}")
     return summary

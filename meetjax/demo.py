@@ -25,7 +25,8 @@ from meetjax.adapters.io import save_adapters
 from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.prompt import PromptSpec
 from meetjax.adapters.tree import Bank, count_parameters
-from meetjax.align import buckets, read_rows
+from meetjax.align import read_rows
+from meetjax.data.loader import Buckets
 from meetjax.data.tokenize import Rows, tokenize_records
 from meetjax.errors import MeetjaxError
 from meetjax.evaluate.curves import dial_curve
@@ -75,12 +76,12 @@ def run(out: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
     with timed("load model"):
         model = load(recipe.model)
     with timed("read data"):
-        rows, held_rows, records = read_rows(recipe.data, "pair", model.tokenizer, console)
+        rows, held_rows, records, lengths = read_rows(recipe.data, "pair", model.tokenizer, console)
         prompts = [record.prompt for record in records[:CURVE_PROMPTS]]
         curve_rows, _ = tokenize_records(records[:CURVE_PROMPTS], model.tokenizer, recipe.data.max_length)
     if held_rows is None:
         raise MeetjaxError("demo: data.held_out", expected="> 0", found=0)
-    lengths, reference = buckets(recipe.data), Reference(model.config, model.params)
+    reference = Reference(model.config, model.params)
     with timed("base model on held-out pairs"):
         base = row_logps(model.config, model.params, None, held_rows, lengths)
     with timed("base model generates"):
@@ -101,7 +102,7 @@ def run(out: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
         with timed("train"):
             start = time.monotonic()
             shutil.rmtree(out / kind, ignore_errors=True)  # always trained anew: the report's times are those of this run
-            bank = _train(recipe, stage, model, rows, reference, out / kind, console)
+            bank = _train(recipe, stage, model, rows, lengths, reference, out / kind, console)
             train_s = time.monotonic() - start
         save_adapters(out / "adapters" / kind, bank, base=model.name, fingerprint=model.fingerprint, recipe=resolved(recipe))
         with timed("held-out pairs"):
@@ -138,13 +139,15 @@ def run(out: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
     return summary
 
 
-def _train(recipe: Recipe, stage: Stage, model: Model, rows: Rows, reference: Reference, folder: Path, console: Console) -> Bank:
+def _train(
+    recipe: Recipe, stage: Stage, model: Model, rows: Rows, buckets: Buckets, reference: Reference, folder: Path, console: Console
+) -> Bank:
     specs = tuple(spec for spec in stage.trains if spec != "base")
     bank = init_bank(model.config, model.params, specs, model.tokenizer, jax.random.key(recipe.train.seed))
     identity = {"recipe": resolved(dataclasses.replace(recipe, stages=(stage,))), "fingerprint": model.fingerprint}
     _, bank = fit(
         model.config, model.params, bank, rows, stage, recipe.train, folder,
-        buckets=buckets(recipe.data), mesh=make_mesh(recipe.train.mesh), identity=identity,
+        buckets=buckets, mesh=make_mesh(recipe.train.mesh), identity=identity,
         reference=reference, title=folder.name, console=console,
     )  # fmt: skip
     return bank

@@ -20,7 +20,7 @@ from meetjax.adapters.edit import EditSpec
 from meetjax.adapters.identity import IdentitySpec
 from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.tree import Bank
-from meetjax.data.loader import default_buckets, eval_batches
+from meetjax.data.loader import choose_buckets, eval_batches
 from meetjax.data.records import read_records
 from meetjax.data.tokenize import tokenize_records
 from meetjax.demo import SET
@@ -68,7 +68,7 @@ def _laws(model: Model, tolerance: float) -> Iterator[tuple[str, float, float]]:
     config, params = model.config, model.params
     records, _ = read_records(SET, "pair", limit=PAIRS)
     rows, _ = tokenize_records(records, model.tokenizer, 192, "auto" if model.tokenizer.chat_template else "none")
-    batch, _ = next(iter(eval_batches(rows, PAIRS, default_buckets(192))))
+    batch, _ = next(iter(eval_batches(rows, PAIRS, choose_buckets(rows))))
     key = jax.random.key(0)
     fresh = {
         "lora": init_bank(config, params, (LoraSpec(4, 8.0, ("q", "v")),), model.tokenizer, key),
@@ -83,6 +83,7 @@ def _laws(model: Model, tolerance: float) -> Iterator[tuple[str, float, float]]:
         yield f"step 0, {kind}: rewards are 0", max(abs(float(metrics[f"rewards/{side}"][0])) for side in ("chosen", "rejected")), 1e-3
     forward = partial(jax.jit, static_argnums=0)(apply)
     tokens = batch.tokens[:, 0, :64]
+    apart, _ = next(iter(eval_batches(alone := dataclasses.replace(rows, shared_prompt=False), PAIRS, choose_buckets(alone))))
     plain = forward(config, params, tokens)
     gates = np.zeros((PAIRS, 1), np.float32)
     moved = _shaken(fresh["lora"], key)
@@ -93,6 +94,7 @@ def _laws(model: Model, tolerance: float) -> Iterator[tuple[str, float, float]]:
     wide = dataclasses.replace(batch, tokens=longer)
     adapted = logps(config, params, moved, batch)
     yield "padding changes nothing", _distance(logps(config, params, moved, wide), adapted), tolerance
+    yield "a shared prompt changes nothing", _distance(logps(config, params, moved, apart), adapted), tolerance
     order = np.asarray([2, 0, 3, 1])
     shuffled = jax.tree.map(lambda leaf: leaf[order], batch)
     yield "batch order changes nothing", _distance(logps(config, params, moved, shuffled), np.asarray(adapted)[order]), tolerance

@@ -31,21 +31,25 @@ BATCH_AXES = ("data", "fsdp")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Right-padded answers to B prompts, masks given by lengths and never by token values.
+    """Right-padded answers to B prompts, masks given by places in the row and never by token values.
 
-    Row [b, c] is `prompt + answer + EOS + padding`. For pairs c = 0 is chosen and c = 1 is rejected.
+    The C answers lie in K rows, C / K to a row. K = C: each behind its own copy of the prompt, `prompt + answer + EOS + padding`.
+    K = 1: all behind one copy, `prompt + answer + EOS + answer + EOS + padding`, and none sees another. For pairs answer 0 is
+    chosen and answer 1 is rejected.
 
-    tokens:   int32[B, C, T]
-    starts:   int32[B, C], tokens of the prompt, i.e. index of the first answer token
-    lengths:  int32[B, C], tokens before the padding, EOS included
-    weights:  float32[B], 0 for rows that only fill the batch
-    gates:    float32[B, A] or None, the row's gate on each bank column (None: 1 everywhere)
+    tokens:   int32[B, K, T]
+    starts:   int32[B, C], index in its row of the answer's first token
+    ends:     int32[B, C], index in its row behind the answer's EOS
+    weights:  float32[B], 0 for prompts that only fill the batch
+    gates:    float32[B, A] or None, the prompt's gate on each bank column (None: 1 everywhere)
     ref_logps: float32[B, C] or None, summed answer log-probabilities under the reference, in nats
+    common:   int32[B], tokens at the front of a row that all its answers continue; None where a row has one answer
     """
 
-    tokens: Int[Array, "B C T"]
+    tokens: Int[Array, "B K T"]
     starts: Int[Array, "B C"]
-    lengths: Int[Array, "B C"]
+    ends: Int[Array, "B C"]
     weights: Float[Array, " B"]
     gates: Float[Array, "B A"] | None = None
     ref_logps: Float[Array, "B C"] | None = None
+    common: Int[Array, " B"] | None = None

@@ -367,3 +367,20 @@ def base():
     """(config, params, logits of TOKENS) of the tied model, no leaf neutral."""
     params = random_params(TINY)
     return TINY, params, np.asarray(forward(TINY, params, TOKENS))
+
+
+def lay_together(batch):
+    """The same prompts and answers, all answers to a prompt behind one copy of its first `common` tokens (no padding)."""
+    prompts, answers, _ = batch.tokens.shape
+    common = batch.starts.min(axis=1)
+    for b, first in enumerate(common):
+        assert (batch.tokens[b, :, :first] == batch.tokens[b, :1, :first]).all(), "the answers continue one prompt"
+    begins = np.zeros_like(batch.starts)
+    begins[:, 1:] = np.cumsum(batch.ends - common[:, None], axis=1)[:, :-1]
+    ends = begins + batch.ends
+    tokens = np.zeros((prompts, 1, ends.max()), np.int32)
+    for b, first in enumerate(common):
+        tokens[b, 0, :first] = batch.tokens[b, 0, :first]
+        for c in range(answers):
+            tokens[b, 0, begins[b, c] + first : ends[b, c]] = batch.tokens[b, c, first : batch.ends[b, c]]
+    return dataclasses.replace(batch, tokens=tokens, starts=begins + batch.starts, ends=ends, common=common)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from meetjax.data.audit import Audit
-from meetjax.data.tokenize import Rows, answer_ids, distinct_tokens
+from meetjax.data.tokenize import Rows, answer_ids, distinct_tokens, laid_lengths
 from meetjax.errors import MeetjaxError
 from meetjax.types import Batch
 
@@ -30,21 +30,35 @@ class Plan(NamedTuple):
     real: int
 
 
-def default_buckets(max_length: int) -> Buckets:
-    """64, 128, 192, 256, 384, 512, 768, 1024, ... (powers of two and the halves between them) below `max_length`, then `max_length`."""
-    if max_length < 1:
-        raise MeetjaxError("buckets: max_length", expected="at least 1 token", found=max_length)
-    steps = [64]
-    while steps[-1] < max_length:
-        power = 1 << (steps[-1].bit_length() - 1)
-        steps.append(power * 2 if steps[-1] != power or power == 64 else power * 3 // 2)
-    return (*(step for step in steps if step < max_length), max_length)
+def choose_buckets(*tables: Rows, count: int = 8, multiple: int = 16) -> Buckets:
+    """The at most `count` padded lengths, multiples of `multiple`, that hold all rows of the tables with the least padding.
+
+    Exact: best[k][j], the least padded tokens of rows up to the j-th length in k buckets, is min over i < j of
+    best[k - 1][i] + length_j * (rows of lengths i + 1 to j). Raises MeetjaxError for no rows or no buckets.
+    """
+    if count < 1 or multiple < 1 or not any(map(len, tables)):
+        raise MeetjaxError("buckets", expected="rows, count >= 1 and multiple >= 1", found=(sum(map(len, tables)), count, multiple))
+    longest = np.concatenate([laid_lengths(rows).max(1) for rows in tables])
+    lengths, tallies = np.unique(-(-longest // multiple) * multiple, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(tallies)])
+    cost = np.where(np.tri(len(lengths), len(below), 0, bool), lengths[:, None] * (below[1:, None] - below[None]), np.inf)
+    best, cuts = np.concatenate([[0.0], np.full(len(lengths), np.inf)]), []
+    for _ in range(min(count, len(lengths))):
+        total = best[None] + cost
+        cuts.append(total.argmin(1))
+        best = np.concatenate([[0.0], total.min(1)])
+    chosen, end = [], len(lengths)
+    for cut in reversed(cuts):
+        if end:
+            chosen.append(int(lengths[end - 1]))
+            end = int(cut[end - 1])
+    return tuple(reversed(chosen))
 
 
 def make_batches(rows: Rows, batch_size: int, buckets: Buckets, seed: int) -> list[Plan]:
     """Puts every row into exactly one batch of rows of similar length; the composition depends on `seed` alone.
 
-    A row's length is that of its longest answer. What is left over in a bucket moves up to the next one, and the last
+    A row's length is that of its longest row in a batch. What is left over in a bucket moves up to the next one, and the last
     leftover is filled with repeats. Each batch is padded to the smallest bucket that holds its longest row.
     Raises MeetjaxError for no rows, a bad batch size, unordered buckets, a seed outside [0, 2^32) and a row longer than the last bucket.
     """
@@ -57,7 +71,7 @@ def eval_batches(
 ) -> Iterator[tuple[Batch, Int[np.ndarray, " b"]]]:
     """One pass in a fixed order, shortest rows first, every row exactly once: where `weights` is 1. Yields what `loader` yields."""
     _check_hosts(batch_size, host, hosts)
-    plans = _compose(rows, batch_size, buckets, np.argsort(rows.lengths.max(1), kind="stable"))
+    plans = _compose(rows, batch_size, buckets, np.argsort(laid_lengths(rows).max(1), kind="stable"))
     return (pad_batch(rows, plan, host, hosts) for plan in plans)
 
 
@@ -68,7 +82,7 @@ def loader(
 
     Composition as in `make_batches`; the order of the batches is shuffled anew each epoch. `batch_size` is global: host h
     of H gets rows [h B/H, (h+1) B/H) of every batch, so all hosts see the same length at the same step. `batch` holds numpy
-    arrays [B/H, C, T]; the indices int64[B/H] point into `rows` (filled-up rows too: their weight is 0). `state`
+    arrays [B/H, K, T]; the indices int64[B/H] point into `rows` (filled-up rows too: their weight is 0). `state`
     is what `get_state` gave, also on another number of hosts. Raises MeetjaxError like `make_batches`, when `batch_size`
     does not divide by `hosts`, and for a state that belongs to other data, batch size, buckets or seed.
     """
@@ -120,18 +134,24 @@ def pad_batch(rows: Rows, plan: Plan, host: int = 0, hosts: int = 1) -> tuple[Ba
     mine = slice(host * share, (host + 1) * share)
     chosen = plan.rows[mine]
     answers = rows.starts.shape[1]
-    tokens = np.zeros((share, answers, plan.length), np.int32)
+    together = rows.shared_prompt and answers > 1
+    begins = np.zeros((share, answers), np.int32)  # where the answer's text would begin, were its common part there
+    common = rows.common[chosen]
+    if together:
+        begins[:, 1:] = np.cumsum(rows.lengths[chosen] - common[:, None], axis=1)[:, :-1]
+    tokens = np.zeros((share, 1 if together else answers, plan.length), np.int32)
     for b, n in enumerate(chosen):
         for c in range(answers):
-            tokens[b, c, : rows.lengths[n, c]] = answer_ids(rows, n, c)
+            skip = common[b] if together and c else 0
+            tokens[b, 0 if together else c, begins[b, c] + skip : begins[b, c] + rows.lengths[n, c]] = answer_ids(rows, n, c)[skip:]
     weights = (np.arange(len(plan.rows)) < plan.real).astype(np.float32)[mine]
-    return Batch(tokens=tokens, starts=rows.starts[chosen], lengths=rows.lengths[chosen], weights=weights), chosen
+    starts, ends = (begins + places[chosen] for places in (rows.starts, rows.lengths))
+    return Batch(tokens, starts, ends, weights, common=common if together else None), chosen
 
 
 def padding_audit(rows: Rows, plans: list[Plan]) -> Audit:
     """Token counts of one epoch: padded (what is computed), real, and distinct (shared prompts once); and the batches."""
-    answers = rows.starts.shape[1]
-    padded = sum(len(plan.rows) * answers * plan.length for plan in plans)
+    padded = sum(len(plan.rows) * laid_lengths(rows).shape[1] * plan.length for plan in plans)
     stats = {"batches": len(plans), "padded tokens": padded, "tokens": int(rows.lengths.sum()), "distinct tokens": distinct_tokens(rows)}
     return Audit(len(rows), stats=stats)
 
@@ -143,13 +163,13 @@ def _compose(rows: Rows, batch_size: int, buckets: Buckets, order: Int[np.ndarra
         raise MeetjaxError("batches: batch_size", expected="at least 1", found=batch_size)
     if not buckets or buckets[0] < 1 or any(a >= b for a, b in pairwise(buckets)):
         raise MeetjaxError("batches: buckets", expected="ascending positive lengths", found=tuple(buckets))
-    longest = rows.lengths.max(1)
+    longest = laid_lengths(rows).max(1)
     if longest.max() > buckets[-1]:
         raise MeetjaxError(
             f"batches: row {int(longest.argmax())}",
             expected=f"at most {buckets[-1]} tokens, the last bucket",
             found=int(longest.max()),
-            fix="add a bucket as long as max_length",
+            fix="add a longer bucket, or let them be chosen",
         )
     bucket = np.searchsorted(buckets, longest[order])
     plans: list[Plan] = []

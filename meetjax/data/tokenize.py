@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from meetjax.data.audit import Audit, Finding, require_rows, tally
 from meetjax.data.records import EMPTY, Completion, Pair, answers
@@ -35,18 +35,20 @@ class Rows:
     offsets:  int64[N, C], where row [n, c] begins in `ids`
     starts:   int32[N, C], tokens of the prompt, i.e. index of the first answer token
     lengths:  int32[N, C], tokens, EOS included
-    prompt_equal: bool[N], whether the C prompts have the same ids
+    common:   int32[N], tokens at the front of the prompt that are the same for all C answers
     hashes:   str[N], 16 hex digits that name the row's content (for caches)
     records:  int32[N], index of the row's record in the list that was tokenised
+    shared_prompt: whether batches lay the answers of a row behind one copy of `common`, or each behind its own
     """
 
     ids: Int[np.ndarray, " total"]
     offsets: Int[np.ndarray, "N C"]
     starts: Int[np.ndarray, "N C"]
     lengths: Int[np.ndarray, "N C"]
-    prompt_equal: Bool[np.ndarray, " N"]
+    common: Int[np.ndarray, " N"]
     hashes: np.ndarray
     records: Int[np.ndarray, " N"]
+    shared_prompt: bool = True
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -118,9 +120,16 @@ def added_bos(tokenizer: Tokenizer) -> int | None:
 
 
 def distinct_tokens(rows: Rows) -> int:
-    """Tokens of all rows when a prompt that the answers of a row share is counted once."""
-    shared = rows.starts[:, 0] * (rows.starts.shape[1] - 1)
-    return int(rows.lengths.sum() - shared[rows.prompt_equal].sum())
+    """Tokens of all rows when what the answers of a row have in common is counted once."""
+    return int(rows.lengths.sum() - rows.common.sum() * (rows.starts.shape[1] - 1))
+
+
+def laid_lengths(rows: Rows) -> Int[np.ndarray, "N K"]:
+    """Tokens of the K rows of a batch that each row becomes: one where the prompt is shared, else one an answer."""
+    if not rows.shared_prompt:
+        return rows.lengths
+    common = rows.common[:, None]
+    return common + (rows.lengths - common).sum(axis=1, keepdims=True, dtype=np.int32)
 
 
 def _check(records: Sequence[Any], tokenizer: Tokenizer, max_length: int, template: str) -> None:
@@ -176,15 +185,18 @@ def _fit(
         remarks.append(CUT)
     if any(side[2] for side in sides):
         remarks.append(STRADDLED)
-    if not _equal_prompts(ids, starts):
+    if _common(ids, starts) < max(starts):
         remarks.append(UNEQUAL)
     if not all(special.isdisjoint(tokens[start:-1].tolist()) for tokens, start in zip(ids, starts, strict=True)):
         remarks.append(SPELLED)
     return (ids, starts), "", remarks
 
 
-def _equal_prompts(ids: list[np.ndarray], starts: list[int]) -> bool:
-    return all(np.array_equal(ids[0][: starts[0]], tokens[:start]) for tokens, start in zip(ids[1:], starts[1:], strict=True))
+def _common(ids: list[np.ndarray], starts: list[int]) -> int:
+    """Tokens at the front of the prompts that are the same in all."""
+    shortest = min(starts)
+    differ = [np.flatnonzero(ids[0][:shortest] != tokens[:shortest]) for tokens in ids[1:]]
+    return min((int(places[0]) for places in differ if len(places)), default=shortest)
 
 
 def _flat(kept: list[tuple[int, list[np.ndarray], list[int]]]) -> Rows:
@@ -196,7 +208,7 @@ def _flat(kept: list[tuple[int, list[np.ndarray], list[int]]]) -> Rows:
         offsets=ends - lengths,
         starts=starts,
         lengths=lengths,
-        prompt_equal=np.array([_equal_prompts(row[1], row[2]) for row in kept], bool),
+        common=np.array([_common(row[1], row[2]) for row in kept], np.int32),
         hashes=np.array([_content_hash(row[1], row[2]) for row in kept]),
         records=np.array([row[0] for row in kept], np.int32),
     )

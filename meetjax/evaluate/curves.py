@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -15,12 +16,12 @@ from meetjax.adapters.tree import Bank
 from meetjax.data.loader import Buckets, eval_batches
 from meetjax.data.tokenize import Rows
 from meetjax.models.config import ModelConfig
-from meetjax.models.decoder import hidden_states
 from meetjax.models.layers import logits
-from meetjax.objectives.logps import CHUNK, answer_mask
-from meetjax.types import Array, Params
+from meetjax.objectives.head import CHUNK
+from meetjax.objectives.logps import answer_places, answer_states
+from meetjax.types import Array, Batch, Params
 
-forward = partial(jax.jit, static_argnums=0)(hidden_states)
+forward = partial(jax.jit, static_argnums=0)(answer_states)
 
 
 @jax.jit
@@ -50,30 +51,32 @@ def dial_curve(
     """
     totals = {strength: np.zeros(2) for strength in strengths}
     for batch, _ in eval_batches(rows, batch_size, buckets):
-        _, answers, width = batch.tokens.shape
-        tokens = batch.tokens.reshape(-1, width)
-        answered = np.asarray(answer_mask(batch.starts, batch.lengths, width)) * (batch.weights > 0)[:, None, None]
-        row, place = np.nonzero(answered.reshape(-1, width - 1))
-        sign = np.where(row % answers == 0, 1.0, -1.0)
-        spare = -len(row) % CHUNK
+        per_prompt = batch.tokens.shape[1]
+        tokens = batch.tokens.reshape(-1, batch.tokens.shape[2])
+        owner, source = (np.asarray(places) for places in answer_places(batch))
+        row, place = np.nonzero((owner >= 0) & np.repeat(batch.weights > 0, per_prompt)[:, None])
+        first = owner[row, place] == 0 if per_prompt == 1 else row % per_prompt == 0
+        sign, spare = np.where(first, 1.0, -1.0), -len(row) % CHUNK
 
-        def positions(hidden: Array, row=row, place=place, spare=spare) -> np.ndarray:
+        def positions(hidden: Array, row=row, place=source[row, place], spare=spare) -> np.ndarray:
             return np.pad(np.asarray(hidden)[row, place], ((0, spare), (0, 0)))
 
-        base = positions(forward(config, params, tokens))
-        for strength, ours in _dialled(config, params, bank, tokens, base, positions, strengths):
-            ratio, kl = (np.asarray(x)[: len(row)] for x in _compare(params, ours, base, np.pad(tokens[row, place + 1], (0, spare))))
+        base = positions(forward(config, params, None, batch))
+        targets = np.pad(tokens[row, place], (0, spare))
+        for strength, ours in _dialled(config, params, bank, batch, base, positions, strengths):
+            ratio, kl = (np.asarray(x)[: len(row)] for x in _compare(params, ours, base, targets))
             totals[strength] += ((sign * ratio).sum(), kl.sum())
     answer_tokens = float((rows.lengths - rows.starts).sum())
     return [{"strength": s, "reward_margin": total[0] / len(rows), "kl": total[1] / answer_tokens} for s, total in totals.items()]
 
 
-def _dialled(config: ModelConfig, params: Params, bank: Bank, tokens: np.ndarray, base: np.ndarray, positions: Any, strengths: Any):
+def _dialled(config: ModelConfig, params: Params, bank: Bank, batch: Batch, base: np.ndarray, positions: Any, strengths: Any):
     """Yields (strength, hidden states at the answer positions)."""
     if bank.prompt is not None or (bank.identity is not None and bank.lora is None and bank.edit is None):
-        adapted = positions(forward(config, params, tokens, bank))
+        adapted = positions(forward(config, params, bank, batch))
         yield from ((strength, strength * adapted + (1 - strength) * base) for strength in strengths)
         return
     for strength in strengths:
         gates, _ = at_strength(bank, strength)
-        yield strength, positions(forward(config, params, tokens, bank, np.tile(np.asarray(gates, np.float32), (len(tokens), 1))))
+        gated = dataclasses.replace(batch, gates=np.tile(np.asarray(gates, np.float32), (len(batch.weights), 1)))
+        yield strength, positions(forward(config, params, bank, gated))

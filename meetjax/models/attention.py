@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from meetjax.errors import MeetjaxError
 from meetjax.models.config import ModelConfig
 from meetjax.models.layers import rope_angles, rotate
 from meetjax.types import Array
@@ -45,8 +44,8 @@ class Rows:
     """The text of a batch, as attention sees it.
 
     index: int32[B, T], place of each query token in its text, negative for left padding; keys: int32[B, S], the same for
-    the keys; bos: int32[B], 1 when the text begins with BOS; segments: int32[B, T], tokens attend within their segment only
-    (packing), or None; causal (static): one right-padded text a row, so that the plain causal mask is the whole mask.
+    the keys; bos: int32[B], 1 when the text begins with BOS; segments: int32[B, T], tokens attend to their own segment and to
+    segment 0, or None; causal (static): one right-padded text a row, so that the plain causal mask is the whole mask.
     """
 
     index: Int[Array, "B T"]
@@ -68,17 +67,26 @@ def text_rows(config: ModelConfig, tokens: Int[Array, "B T"], pad: Int[Array, " 
     return Rows(index, index, bos, causal=pad is None)
 
 
-def packed_rows(segments: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Rows:
-    """Rows that hold several texts: tokens of one segment attend to each other, `positions` count within the segment."""
-    return Rows(positions, positions, jnp.zeros(segments.shape[0], jnp.int32), segments)
+def branched_rows(config: ModelConfig, tokens: Int[Array, "B T"], common: Int[Array, " B"], ends: Int[Array, "B M"]) -> Rows:
+    """Rows of one text that goes on in M ways: `common` tokens, then the ways one behind the other, each up to its `ends`.
+
+    Every way sees the common part and itself, and counts its positions on from the common part, as if it stood there alone.
+    """
+    place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    begins = jnp.concatenate([common[:, None], ends], axis=1)
+    segments = jnp.sum(place[:, :, None] >= begins[:, None], axis=2, dtype=jnp.int32)
+    begin = jnp.take_along_axis(begins, jnp.maximum(segments - 1, 0), axis=1)
+    positions = jnp.where(segments == 0, place, place - begin + common[:, None])
+    return Rows(positions, positions, text_rows(config, tokens).bos, segments)
 
 
 def _text_to_text(rows: Rows) -> Array:
-    """float32[B, T, S]: causal, within the segment, never to padding; a padding query sees itself, so no row is empty."""
+    """float32[B, T, S]: causal, within the segment and segment 0, never to padding; a padding query sees itself."""
     query, key = rows.index[:, :, None], rows.keys[:, None, :]
     allowed = (key <= query) & ((key >= 0) | (key == query))
     if rows.segments is not None:
-        allowed &= rows.segments[:, :, None] == rows.segments[:, None, :]
+        owner = rows.segments[:, None, :]
+        allowed &= (owner == 0) | (owner == rows.segments[:, :, None])
     return jnp.where(allowed, 0.0, MASKED)
 
 
@@ -127,8 +135,6 @@ def make_layout(config: ModelConfig, rows: Rows, prompt: Any = None, gates: Floa
         if rows.causal and (window is None or window >= rows.index.shape[1]):
             return Layout(rope_angles(config, rows.index), None, None)
         return _layout(config, _text_to_text(rows), rows.index, rows.keys)
-    if rows.segments is not None:
-        raise MeetjaxError("soft prompts on packed rows", fix="give each row one text")
     columns, places, shift = _prompt_columns(prompt, gates, rows)
     owner = jnp.repeat(jnp.arange(prompt.vectors.shape[0]), prompt.vectors.shape[1])
     within = (owner[:, None] == owner[None])[None] & (places[:, None, :] <= places[:, :, None])

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from meetjax.models import layers, sites
-from meetjax.models.attention import Rows, make_attend, make_layout, make_step_layout, packed_rows, text_rows
+from meetjax.models.attention import Rows, make_attend, make_layout, make_step_layout, text_rows
 from meetjax.models.config import ModelConfig
 from meetjax.models.streams import block_gates, fan_out, kind_gates, make_streams, mix, repeat
 from meetjax.types import Array, Params
@@ -180,12 +180,10 @@ def hidden_states(
     *,
     dial: Float[Array, " B"] | None = None,
     pad: Int[Array, " B"] | None = None,
-    segments: Int[Array, "B T"] | None = None,
-    positions: Int[Array, "B T"] | None = None,
+    rows: Rows | None = None,
 ) -> Float[Array, "B T D"]:
     """Normed hidden states, the head's input; arguments as in `apply`."""
-    rows = text_rows(config, tokens, pad) if segments is None else packed_rows(segments, positions)
-    return _forward(config, params, tokens, rows, adapters, gates, dial)[0]
+    return _forward(config, params, tokens, rows or text_rows(config, tokens, pad), adapters, gates, dial)[0]
 
 
 def apply(
@@ -199,7 +197,7 @@ def apply(
     """float32 logits of every position under the base `params` and a bank of `adapters`, row b's share of entry a being gates[b, a].
 
     adapters None is the base model, bit for bit; gates None means 1 everywhere. Text is padded on the right (no mask needed),
-    or on the left with `pad` tokens a row, or packed (`segments`, `positions`). `dial` [B] is the logit dial
+    or on the left with `pad` tokens a row, or laid out otherwise by `rows` (`attention.branched_rows`). `dial` [B] is the logit dial
     z = d z_adapted + (1 - d) z_base of decoding-time realignment (Liu et al. 2024, arXiv 2402.02992).
     """
     return layers.logits(params, hidden_states(config, params, tokens, adapters, gates, **options))

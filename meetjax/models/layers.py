@@ -137,9 +137,23 @@ def block(config: ModelConfig, params: dict, h: Float[Array, "B T D"], lora: Any
     return h + linear(gated, params, "down", lora, edit, gates), extra
 
 
+def head_of(params: dict) -> dict:
+    """The part of the parameters that `logits` reads: the head, or the embedding of a tied model."""
+    name = "head" if "head" in params else "embed"
+    return {name: params[name]}
+
+
 def logits(params: dict, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """float32 logits of normed hidden states, through the head or the embedding of a tied model."""
+    return _through_head(params, hidden, 0)
+
+
+def logits_transposed(params: dict, scores: Float[Array, "... V"]) -> Float[Array, "... D"]:
+    """float32 product with the transposed head: what a gradient in the logits is in the normed hidden states."""
+    return _through_head(params, scores, 1)
+
+
+def _through_head(params: dict, x: Array, side: int) -> Array:
     # The tied embedding is contracted where it lies: written as a product with its transpose, it may be copied at every step.
-    head, axis = (params["head"], 0) if "head" in params else (params["embed"], 1)
-    head = head.astype(hidden.dtype)
-    return jax.lax.dot_general(hidden, head, (((hidden.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+    head, axis = (params["head"], side) if "head" in params else (params["embed"], 1 - side)
+    return jax.lax.dot_general(x, head.astype(x.dtype), (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)

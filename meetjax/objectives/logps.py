@@ -1,4 +1,4 @@
-"""Summed answer log-probabilities without a [B, T, V] tensor."""
+"""Summed log-probabilities of answers, each behind its own prompt or all behind one."""
 
 from __future__ import annotations
 
@@ -9,45 +9,54 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from meetjax.models.attention import Rows, branched_rows, text_rows
 from meetjax.models.config import ModelConfig
 from meetjax.models.decoder import hidden_states
-from meetjax.models.layers import logits
+from meetjax.objectives.head import token_logps
 from meetjax.types import Array, Batch, Params
-
-CHUNK = 256
-"""Positions whose logits exist at one time: 50 MB for a vocabulary of 49,152."""
-
-
-def token_logps(params: Params, hidden: Float[Array, "M D"], targets: Int[Array, " M"]) -> Float[Array, " M"]:
-    """log p(target) in nats at each position, float32, in chunks whose logits are recomputed in the backward pass."""
-    spare = -hidden.shape[0] % CHUNK
-    hidden = jnp.pad(hidden, ((0, spare), (0, 0))).reshape(-1, CHUNK, hidden.shape[-1])
-    padded = jnp.pad(targets, (0, spare)).reshape(-1, CHUNK)
-
-    @jax.checkpoint
-    def chunk(h: Array, target: Array) -> Array:
-        scores = logits(params, h)
-        return jnp.take_along_axis(scores, target[:, None], axis=1)[:, 0] - jax.nn.logsumexp(scores, axis=1)
-
-    return jax.lax.map(lambda pair: chunk(*pair), (hidden, padded)).reshape(-1)[: targets.shape[0]]
-
-
-def answer_mask(starts: Int[Array, "... "], lengths: Int[Array, "..."], width: int) -> Float[Array, "... T-1"]:
-    """1 where position t predicts an answer token or its EOS, i.e. start <= t + 1 < length: from lengths, never from values."""
-    target = jnp.expand_dims(jnp.arange(1, width), tuple(range(starts.ndim)))
-    return ((target >= starts[..., None]) & (target < lengths[..., None])).astype(jnp.float32)
 
 
 def answer_logps(config: ModelConfig, params: Params, adapters: Any, batch: Batch) -> Float[Array, "B C"]:
     """s(y) = sum_t m_t log pi(y_t | x, y_<t) in nats for each of the C answers to each prompt, EOS included."""
-    prompts, answers, width = batch.tokens.shape
-    tokens = batch.tokens.reshape(prompts * answers, width)
-    gates = None if batch.gates is None else jnp.repeat(batch.gates, answers, axis=0)
-    hidden = hidden_states(config, params, tokens, adapters, gates)
-    scores = token_logps(params, hidden[:, :-1].reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1))
-    mask = answer_mask(batch.starts, batch.lengths, width)
-    return jnp.sum(scores.reshape(prompts, answers, width - 1) * mask, axis=-1)
+    prompts, per_prompt, width = batch.tokens.shape
+    tokens = batch.tokens.reshape(-1, width)
+    owner, source = answer_places(batch)
+    hidden = answer_states(config, params, adapters, batch)
+    scores = token_logps(params, hidden, source, tokens, owner >= 0)
+    sums = [jnp.sum(jnp.where(owner == slot, scores, 0.0), axis=1) for slot in range(batch.starts.shape[1] // per_prompt)]
+    return jnp.stack(sums, axis=1).reshape(prompts, -1)
 
 
 compiled_answer_logps = partial(jax.jit, static_argnums=0)(answer_logps)
 """`answer_logps` as one program for all who only score: references, held-out pairs, the self-test."""
+
+
+def answer_states(config: ModelConfig, params: Params, adapters: Any, batch: Batch) -> Float[Array, "BK T D"]:
+    """Normed hidden states of the batch's rows."""
+    gates = None if batch.gates is None else jnp.repeat(batch.gates, batch.tokens.shape[1], axis=0)
+    tokens = batch.tokens.reshape(-1, batch.tokens.shape[2])
+    return hidden_states(config, params, tokens, adapters, gates, rows=_rows(config, batch))
+
+
+def _rows(config: ModelConfig, batch: Batch) -> Rows:
+    tokens = batch.tokens.reshape(-1, batch.tokens.shape[2])
+    if batch.common is None:
+        return text_rows(config, tokens)
+    return branched_rows(config, tokens, jnp.repeat(batch.common, batch.tokens.shape[1]), batch.ends.reshape(tokens.shape[0], -1))
+
+
+def answer_places(batch: Batch) -> tuple[Int[Array, "BK T"], Int[Array, "BK T"]]:
+    """(owner, source) of each token: which answer of its row it belongs to (-1: prompt or padding), and where it is predicted.
+
+    That is at the token before it; for the first token behind the common part, at the end of the common part.
+    """
+    prompts, per_prompt, width = batch.tokens.shape
+    starts, ends = (places.reshape(prompts * per_prompt, -1) for places in (batch.starts, batch.ends))
+    place = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (prompts * per_prompt, width))
+    owner, source = jnp.full_like(place, -1), jnp.maximum(place - 1, 0)
+    for slot in range(starts.shape[1]):
+        owner = jnp.where((place >= starts[:, slot, None]) & (place < ends[:, slot, None]), slot, owner)
+        if slot and batch.common is not None:
+            end_of_common = jnp.repeat(batch.common, per_prompt)[:, None] - 1
+            source = jnp.where(place == ends[:, slot - 1, None], end_of_common, source)
+    return owner, source

@@ -25,6 +25,6 @@ class Sft:
 
     def __call__(self, logps: Float[Array, "B 1"], batch: Batch) -> tuple[Array, Array, dict[str, tuple[Array, Array]]]:
         """(summed loss, normaliser, summed metrics with their normaliser)."""
-        tokens = (batch.lengths - batch.starts).astype(jnp.float32)
+        tokens = (batch.ends - batch.starts).astype(jnp.float32)
         total, count = sft_loss(logps, tokens, batch.weights)
         return total, count, {"logps/chosen": (jnp.sum(logps[:, 0] * batch.weights), jnp.sum(batch.weights))}

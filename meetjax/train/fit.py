@@ -26,7 +26,7 @@ from meetjax.train.reference import Reference
 from meetjax.train.sharding import put_batch, replicated
 from meetjax.train.stage import Stage, Train
 from meetjax.train.step import Parts, init_state, join, make_optimizer, make_step, partition
-from meetjax.types import Params
+from meetjax.types import Batch, Params
 
 
 class Interrupted(Exception):
@@ -90,7 +90,7 @@ def fit(
                 if pending is not None:  # one step late, so that the device never waits for the host
                     _write(log, *pending, checkpoints)
                 width = batch.tokens.shape[-1]
-                pending = (number, metrics, float(batch.weights.sum()), int(batch.lengths.sum()), width in seen)
+                pending = (number, metrics, float(batch.weights.sum()), _tokens(batch), width in seen)
                 seen.add(width)
                 stopping = stop.is_set()  # read once, so that the loop does not end on a step that is not saved
                 if number % train.save_every == 0 or number == train.steps or stopping:
@@ -103,6 +103,11 @@ def fit(
     if stop.is_set():
         raise Interrupted(saved, folder)
     return join(state.trainable, Parts(frozen.params, frozen.adapters))
+
+
+def _tokens(batch: Batch) -> int:
+    """Tokens of the batch's rows without their padding."""
+    return int(batch.ends.reshape(*batch.tokens.shape[:2], -1)[:, :, -1].sum())
 
 
 def _write(log: MetricsLog, number: int, metrics: Any, examples: float, tokens: int, timed: bool, checkpoints: Checkpoints) -> None:

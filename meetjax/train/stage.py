@@ -53,7 +53,11 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """path: a file or a hub id; held_out: prompts kept for evaluation; lengths in tokens; buckets: padded lengths, () for the default."""
+    """path: a file or a hub id; held_out: prompts kept for evaluation; max_length: of prompt and one answer, in tokens.
+
+    buckets: padded lengths of the rows of a batch, () for the best ones; shared_prompt: lay the answers to a prompt behind one
+    copy of it, which computes the same for less.
+    """
 
     path: str = ""
     split: str | None = None
@@ -61,6 +65,7 @@ class Data:
     held_out: int = 100
     max_length: int = 512
     buckets: tuple[int, ...] = ()
+    shared_prompt: bool = True
     template: Literal["auto", "chat", "none"] = "auto"
     seed: int = 0
 
@@ -108,12 +113,7 @@ def check_recipe(recipe: Recipe) -> None:
         ("data.held_out", data.held_out, data.held_out >= 0, ">= 0"),
         ("data.max_length", data.max_length, data.max_length >= 8, ">= 8"),
         ("data.limit", data.limit or 0, data.limit is None or data.limit >= 1, ">= 1"),
-        (
-            "data.buckets",
-            data.buckets,
-            _ascending(data.buckets, data.max_length),
-            f"ascending lengths up to data.max_length = {data.max_length}",
-        ),
+        ("data.buckets", data.buckets, _ascending(data.buckets), "ascending lengths, or () for the best"),
         ("data.seed", data.seed, 0 <= data.seed < 2**32, "0 to 2^32 - 1"),
     ]
     for i, stage in enumerate(recipe.stages):
@@ -139,9 +139,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise MeetjaxError("recipe: train.microbatches", expected=expected, found=train.microbatches)
 
 
-def _ascending(buckets: tuple[int, ...], longest: int) -> bool:
-    """Whether padded lengths are none at all, or positive and ascending with room for the longest row."""
-    return not buckets or (buckets[0] >= 1 and all(a < b for a, b in pairwise(buckets)) and buckets[-1] >= longest)
+def _ascending(buckets: tuple[int, ...]) -> bool:
+    return not buckets or (buckets[0] >= 1 and all(a < b for a, b in pairwise(buckets)))
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meetjax.data.loader import default_buckets, eval_batches, loader, make_batches, padding_audit
-from meetjax.data.tokenize import Rows, answer_ids
+from meetjax.data.loader import choose_buckets, eval_batches, loader, make_batches, padding_audit
+from meetjax.data.tokenize import Rows, answer_ids, laid_lengths
 from meetjax.errors import MeetjaxError
 
 BUCKETS = (8, 16, 24)
@@ -19,18 +20,23 @@ FEW = settings(deadline=None, max_examples=30)
 lengths_of = st.lists(st.integers(3, 24), min_size=1, max_size=30)
 
 
-def make_rows(longest, answers=2):
-    """Rows whose first answer has the given lengths; no id is 0, so that padding shows."""
+def make_rows(longest, answers=2, shared_prompt=False):
+    """Rows whose first answer has the given lengths; no id is 0, so that padding shows. Answers of 2 tokens."""
     lengths = np.array([[max(3, n - c) for c in range(answers)] for n in longest], np.int32)
     ends = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape)
+    ids, common = np.arange(1, lengths.sum() + 1, dtype=np.int32), (lengths - 2).min(1)
+    for first, *others in zip(common, *(ends - lengths).T, strict=True):
+        for begin in others[1:]:
+            ids[begin : begin + first] = ids[others[0] : others[0] + first]
     return Rows(
-        ids=np.arange(1, lengths.sum() + 1, dtype=np.int32),
+        ids=ids,
         offsets=ends - lengths,
         starts=lengths - 2,
         lengths=lengths,
-        prompt_equal=np.zeros(len(longest), bool),
+        common=common,
         hashes=np.array([f"{n:016x}" for n in range(len(longest))]),
         records=np.arange(len(longest), dtype=np.int32),
+        shared_prompt=shared_prompt,
     )
 
 
@@ -39,29 +45,41 @@ def real_rows(items):
 
 
 def check_batch(rows, batch, index):
-    assert batch.tokens.dtype == batch.starts.dtype == batch.lengths.dtype == np.int32 and batch.weights.dtype == np.float32
+    assert batch.tokens.dtype == batch.starts.dtype == batch.ends.dtype == np.int32 and batch.weights.dtype == np.float32
     assert batch.gates is None and batch.ref_logps is None
     assert batch.tokens.shape[2] in BUCKETS
+    answers = rows.starts.shape[1]
+    together = rows.shared_prompt and answers > 1
+    assert batch.tokens.shape[1] == (1 if together else answers)
+    assert np.array_equal(batch.ends - batch.starts, (rows.lengths - rows.starts)[index])
     for b, n in enumerate(index):
-        for c in range(rows.starts.shape[1]):
-            length = batch.lengths[b, c]
-            assert np.array_equal(batch.tokens[b, c, :length], answer_ids(rows, n, c)) and not batch.tokens[b, c, length:].any()
-            assert batch.starts[b, c] == rows.starts[n, c] and length == rows.lengths[n, c]
+        for c in range(answers):
+            ids, row, common = answer_ids(rows, n, c), batch.tokens[b, 0 if together else c], rows.common[n] if together else 0
+            begin = batch.ends[b, c - 1] if together and c else common
+            assert np.array_equal([*row[:common], *row[begin : batch.ends[b, c]]], ids)
+            assert batch.starts[b, c] - begin == rows.starts[n, c] - common
+            assert not (row[batch.ends[b, c] :].any() and (c == answers - 1 or not together))
 
 
-@pytest.mark.parametrize(
-    ("max_length", "buckets"),
-    [
-        (1024, (64, 128, 192, 256, 384, 512, 768, 1024)),
-        (64, (64,)),
-        (32, (32,)),
-        (65, (64, 65)),
-        (600, (64, 128, 192, 256, 384, 512, 600)),
-        (4096, (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)),
-    ],
-)
-def test_default_buckets(max_length, buckets):
-    assert default_buckets(max_length) == buckets
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(3, 40), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 8), st.booleans())
+def test_chosen_buckets_pad_least(longest, count, multiple, shared_prompt):
+    """Against every choice of lengths."""
+    rows = make_rows(longest, shared_prompt=shared_prompt)
+    lengths = laid_lengths(rows).max(1)
+    rounded = sorted({-(-n // multiple) * multiple for n in lengths.tolist()})
+
+    def padded(buckets):
+        return sum(min(b for b in buckets if b >= n) for n in lengths)
+
+    found = choose_buckets(rows, count=count, multiple=multiple)
+    choices = [(*some, rounded[-1]) for k in range(count) for some in itertools.combinations(rounded[:-1], k)]
+    assert list(found) == sorted(set(found)) and 1 <= len(found) <= count and set(found) <= set(rounded)
+    assert padded(found) == min(map(padded, choices))
+
+
+def test_chosen_buckets_hold_all_tables():
+    assert choose_buckets(make_rows([5, 9]), make_rows([70]), count=2, multiple=8) == (16, 72)
 
 
 @FEW
@@ -93,9 +111,9 @@ def test_the_seed_changes_the_composition():
 
 
 @FEW
-@given(lengths_of, st.integers(1, 6), st.integers(1, 2))
-def test_eval_covers_every_row_once_in_a_fixed_order(longest, batch_size, answers):
-    rows = make_rows(longest, answers)
+@given(lengths_of, st.integers(1, 6), st.integers(1, 3), st.booleans())
+def test_eval_covers_every_row_once_in_a_fixed_order(longest, batch_size, answers, shared_prompt):
+    rows = make_rows([min(n, 24 - 2 * answers) for n in longest], answers, shared_prompt)
     items = list(eval_batches(rows, batch_size, BUCKETS))
     assert real_rows(items) == list(range(len(rows)))
     for batch, index in items:
@@ -143,13 +161,13 @@ def test_resume_is_exact_at_every_position():
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_one_global_batch(hosts):
-    rows = make_rows([5, 14, 20, 7, 9, 23, 11] * 3)
+    rows = make_rows([5, 14, 20, 7, 9, 21, 11] * 3, shared_prompt=True)
     whole = loader(rows, 8, BUCKETS, seed=1)
     parts = [loader(rows, 8, BUCKETS, seed=1, host=h, hosts=hosts) for h in range(hosts)]
     for _ in range(2 * whole.batches_per_epoch):
         batch, index = next(whole)
         shares = [next(part) for part in parts]
-        for field in ("tokens", "starts", "lengths", "weights"):
+        for field in ("tokens", "starts", "ends", "weights", "common"):
             assert np.array_equal(np.concatenate([getattr(share, field) for share, _ in shares]), getattr(batch, field))
         assert np.array_equal(np.concatenate([i for _, i in shares]), index)
     elsewhere = loader(rows, 8, BUCKETS, seed=1, state=parts[0].get_state())
@@ -171,7 +189,8 @@ def test_bad_arguments():
         (lambda: loader(rows, 4, BUCKETS, -1), "seed"),
         (lambda: loader(rows, 4, BUCKETS, 2**32), "seed"),
         (lambda: make_batches(empty_rows(), 4, BUCKETS, 0), "at least one"),
-        (lambda: default_buckets(0), "max_length"),
+        (lambda: choose_buckets(rows, count=0), "count >= 1"),
+        (lambda: choose_buckets(), "buckets; expected rows"),
     ]:
         with pytest.raises(MeetjaxError, match=message):
             call()
@@ -179,7 +198,7 @@ def test_bad_arguments():
 
 def empty_rows():
     rows = make_rows([5])
-    return Rows(*(getattr(rows, field)[:0] for field in rows.__dataclass_fields__))
+    return Rows(*(getattr(rows, field)[:0] for field in rows.__dataclass_fields__ if field != "shared_prompt"))
 
 
 def test_a_state_of_another_run_is_refused():

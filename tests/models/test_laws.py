@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from meetjax.adapters.tree import KINDS
 from meetjax.models import sites
+from meetjax.models.attention import branched_rows
 from meetjax.models.decoder import apply, unstack
 from tests.conftest import (
     BATCH,
@@ -137,16 +138,20 @@ def test_pad_invariance_of_the_base(variant):
         assert_close(left[row, pad:], whole[row, : LENGTH - pad])
 
 
-def test_packed_rows_equal_separate_rows(variant):
-    """Two texts in one row, each counted from 0, are the two texts in rows of their own."""
+def test_branched_rows_equal_separate_rows(variant):
+    """One text that goes on in two ways, in one row, is the two whole texts in rows of their own, soft prompts and all."""
     config, params = variant
-    split = 4
-    segments = np.where(np.arange(LENGTH) < split, 1, 2)[None].repeat(BATCH, 0).astype(np.int32)
-    positions = np.where(np.arange(LENGTH) < split, np.arange(LENGTH), np.arange(LENGTH) - split)[None].repeat(BATCH, 0).astype(np.int32)
-    packed = quick_forward(config, params, TOKENS, segments=segments, positions=positions)
-    later = np.pad(TOKENS[:, split:], ((0, 0), (0, split)))
-    assert_close(packed[:, :split], quick_forward(config, params, TOKENS)[:, :split])
-    assert_close(packed[:, split:], quick_forward(config, params, later)[:, : LENGTH - split])
+    bank = apart(random_bank(config))
+    common, ends = np.array([3, 1, 4, 2], np.int32), np.array([[5, 9], [4, 8], [6, 7], [3, 9]], np.int32)
+    rows = branched_rows(config, TOKENS, common, ends)
+    branched = np.asarray(quick_forward(config, params, TOKENS, bank, KINDS_TOGETHER, dial=DIAL, rows=rows))
+    for b in range(BATCH):
+        for begin, end in ((common[b], ends[b, 0]), (ends[b, 0], ends[b, 1])):
+            whole = np.concatenate([TOKENS[b, : common[b]], TOKENS[b, begin:end]])
+            padded = np.pad(whole, (0, LENGTH - len(whole)))[None].repeat(BATCH, 0)
+            alone = np.asarray(quick_forward(config, params, padded, bank, KINDS_TOGETHER, dial=DIAL))[b]
+            assert_close(branched[b, : common[b]], alone[: common[b]])
+            assert_close(branched[b, begin:end], alone[common[b] : len(whole)])
 
 
 def test_causality(variant):

@@ -1,64 +1,30 @@
-"""Answer log-probabilities: chunked equals dense, nothing as wide as the vocabulary is kept, masks come from lengths."""
+"""Answer log-probabilities: every answer token and no other, behind an own prompt or behind a shared one."""
 
 from __future__ import annotations
 
-import re
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from meetjax.models.decoder import apply
-from meetjax.objectives.logps import CHUNK, answer_logps, answer_mask, token_logps
+from meetjax.objectives.logps import answer_logps, answer_places
 from meetjax.types import Batch
-from tests.conftest import QUICK, TINY, assert_close, assert_trees_close, random_bank, random_params
+from tests.conftest import QUICK, TINY, assert_close, random_bank, random_params
 
-VOCAB, WIDTH = 97, 16
-
-
-def dense_logps(params, hidden, targets):
-    scores = jax.nn.log_softmax(hidden @ params["head"], axis=-1)
-    return jnp.take_along_axis(scores, targets[:, None], axis=1)[:, 0]
+VOCAB = 97
 
 
-@pytest.mark.parametrize("positions", [1, 37, CHUNK, 2 * CHUNK + 5])
-def test_token_logps_equals_dense_log_softmax(positions):
-    """Value, and gradient in the hidden states and in the head, each position under its own weight."""
-    draw = np.random.default_rng(positions)
-    hidden = jnp.asarray(draw.normal(size=(positions, WIDTH)), jnp.float32)
-    params = {"head": jnp.asarray(draw.normal(size=(WIDTH, VOCAB)), jnp.float32)}
-    targets = jnp.asarray(draw.integers(0, VOCAB, positions), jnp.int32)
-    weights = jnp.asarray(draw.normal(size=positions), jnp.float32)
-
-    def run(logps):
-        return jax.jit(jax.value_and_grad(lambda h, p: jnp.sum(logps(p, h, targets) * weights), (0, 1)), compiler_options=QUICK)(
-            hidden, params
-        )
-
-    assert_close(token_logps(params, hidden, targets), dense_logps(params, hidden, targets))
-    (value, grads), (expected, expected_grads) = run(token_logps), run(dense_logps)
-    assert_close(value, expected, factor=positions)
-    assert_trees_close(grads, expected_grads, factor=4)
-
-
-def test_no_buffer_holds_all_logits():
-    """The compiled gradient has a [CHUNK, V] buffer and none of [M, V], forward or backward."""
-    positions, vocab = 4 * CHUNK, 1009
-    shapes = (jax.ShapeDtypeStruct((positions, WIDTH), jnp.float32), jax.ShapeDtypeStruct((positions,), jnp.int32))
-    head = {"head": jax.ShapeDtypeStruct((WIDTH, vocab), jnp.float32)}
-    gradient = jax.jit(jax.grad(lambda p, h, t: jnp.sum(token_logps(p, h, t)), (0, 1)), compiler_options=QUICK)
-    found = re.findall(r"f32\[([\d,]+)\]", gradient.lower(head, *shapes).compile().as_text())
-    sizes = [int(np.prod([int(size) for size in shape.split(",")])) for shape in found if str(vocab) in shape.split(",")]
-    assert CHUNK * vocab in sizes  # the search sees what it looks for
-    assert max(sizes) < positions * vocab / 2
-
-
-def test_answer_mask_is_from_lengths():
-    """Position t predicts token t + 1: the first answer token up to EOS count, whatever the tokens are."""
-    mask = answer_mask(jnp.array([[2, 1], [3, 4]]), jnp.array([[4, 6], [4, 6]]), 6)
-    expected = [[[0, 1, 1, 0, 0], [1, 1, 1, 1, 1]], [[0, 0, 1, 0, 0], [0, 0, 0, 1, 1]]]
-    np.testing.assert_array_equal(mask, expected)
+def test_answer_places_come_from_lengths():
+    """Token t is predicted at t - 1, whatever the tokens are; the second answer of a row begins at the end of the common part."""
+    starts, ends = np.array([[2, 1], [3, 4]], np.int32), np.array([[4, 6], [4, 6]], np.int32)
+    owner, source = answer_places(Batch(np.zeros((2, 2, 6), np.int32), starts, ends, np.ones(2, np.float32)))
+    x = -1
+    np.testing.assert_array_equal(owner, [[x, x, 0, 0, x, x], [x, 0, 0, 0, 0, 0], [x, x, x, 0, x, x], [x, x, x, x, 0, 0]])
+    np.testing.assert_array_equal(source[:, 1:], [[0, 1, 2, 3, 4]] * 4)
+    starts, ends, common = np.array([[2, 5], [3, 6]], np.int32), np.array([[4, 8], [6, 7]], np.int32), np.array([2, 3], np.int32)
+    owner, source = answer_places(Batch(np.zeros((2, 1, 8), np.int32), starts, ends, np.ones(2, np.float32), common=common))
+    np.testing.assert_array_equal(owner, [[x, x, 0, 0, x, 1, 1, 1], [x, x, x, 0, 0, 0, 1, x]])
+    np.testing.assert_array_equal(source[:, 1:], [[0, 1, 2, 1, 4, 5, 6], [0, 1, 2, 3, 4, 2, 6]])
 
 
 def make_batch(width=11, filler=0):
@@ -76,14 +42,14 @@ def test_answer_logps_equals_a_loop():
     """Every answer token's own log-probability, one by one, under a bank with a gate a prompt."""
     params, bank, batch = random_params(TINY), random_bank(TINY, ("lora", "edit"), entries=(0,)), make_batch()
     gates = np.array([[0.5], [1.0]], np.float32)
-    batch = Batch(batch.tokens, batch.starts, batch.lengths, batch.weights, gates)
+    batch = Batch(batch.tokens, batch.starts, batch.ends, batch.weights, gates)
     found = np.asarray(scores(TINY, params, bank, batch))
     logits = jax.jit(apply, static_argnums=0, compiler_options=QUICK)
     flat = logits(TINY, params, batch.tokens.reshape(4, -1), bank, np.repeat(gates, 2, axis=0))
     logps = np.asarray(jax.nn.log_softmax(flat, axis=-1)).reshape(2, 2, 11, VOCAB)
     for b in range(2):
         for c in range(2):
-            places = range(batch.starts[b, c], batch.lengths[b, c])
+            places = range(batch.starts[b, c], batch.ends[b, c])
             expected = sum(logps[b, c, t - 1, batch.tokens[b, c, t]] for t in places)
             assert_close(found[b, c], expected, factor=len(places))
 

@@ -106,7 +106,7 @@ def test_step0_preference_loss_is_ln2(spec):
     scores = jax.jit(answer_logps, static_argnums=0, compiler_options=QUICK)
     logps = scores(TINY, params, bank, batch)
     total, count, metrics = Dpo()(
-        logps, Batch(tokens, starts, batch.lengths, batch.weights, None, np.asarray(scores(TINY, params, None, batch)))
+        logps, Batch(tokens, starts, batch.ends, batch.weights, None, np.asarray(scores(TINY, params, None, batch)))
     )
     assert float(jnp.abs(logps).min()) > 1  # nats: there is something to compare
     assert_close(total / count, math.log(2))

@@ -21,7 +21,7 @@ from meetjax.adapters.tree import Bank
 from meetjax.data.loader import Plan, pad_batch
 from meetjax.data.records import Completion
 from meetjax.data.template import render_prompt
-from meetjax.data.tokenize import answer_ids, tokenize_records
+from meetjax.data.tokenize import answer_ids, laid_lengths, tokenize_records
 from meetjax.objectives.logps import compiled_answer_logps
 from meetjax.objectives.preference import Dpo, dpo_loss
 from meetjax.objectives.sft import Sft
@@ -60,7 +60,7 @@ def set_lora(model, lora):
 
 def whole_batch(rows):
     """All rows as one batch, padded to the longest."""
-    return pad_batch(rows, Plan(int(rows.lengths.max()), np.arange(len(rows)), len(rows)))[0]
+    return pad_batch(rows, Plan(int(laid_lengths(rows).max()), np.arange(len(rows)), len(rows)))[0]
 
 
 def their_gradients(model):

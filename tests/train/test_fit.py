@@ -21,7 +21,7 @@ import meetjax.train.fit as fit_module
 from meetjax.adapters.bank import init_bank
 from meetjax.adapters.edit import EditSpec
 from meetjax.adapters.lora import LoraSpec
-from meetjax.data.loader import default_buckets, eval_batches
+from meetjax.data.loader import choose_buckets, eval_batches
 from meetjax.data.records import read_records
 from meetjax.data.tokenize import tokenize_records
 from meetjax.errors import MeetjaxError
@@ -79,7 +79,7 @@ def train(model, rows, folder, *, reference=None, specs=(LORA,), bank=None, rate
     return fit(
         model.config, params or model.params, bank, rows, Stage(specs, Dpo(), Optim(learning_rate=rate)),
         Train(steps=STEPS, batch_size=4, save_every=save_every), folder,
-        buckets=default_buckets(LENGTH), mesh=make_mesh((1, 1, 1)), identity=identity or {"fingerprint": model.fingerprint},
+        buckets=choose_buckets(rows), mesh=make_mesh((1, 1, 1)), identity=identity or {"fingerprint": model.fingerprint},
         reference=reference, console=Console(file=io.StringIO()),
     )  # fmt: skip
 
@@ -185,7 +185,7 @@ def test_stage_trains_only_what_it_names(model, rows, tmp_path):
 
 def test_reference_does_not_depend_on_what_came_before(model, rows):
     """A row that appears twice, in other company: a resumed run meets the batches in another order and must see the same bits."""
-    (short, chosen), *_ = eval_batches(rows, 4, default_buckets(LENGTH))
+    (short, chosen), *_ = eval_batches(rows, 4, choose_buckets(rows))
     (wide, _), *_ = eval_batches(rows, 4, (100,))
     assert short.tokens.shape != wide.tokens.shape
     mesh, bits = make_mesh((1, 1, 1)), []

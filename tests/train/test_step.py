@@ -21,7 +21,7 @@ from meetjax.train.sharding import base_shardings, make_mesh, put_batch, replica
 from meetjax.train.stage import Optim, Stage
 from meetjax.train.step import State, init_state, join, make_gradient, make_loss, make_optimizer, make_step, partition
 from meetjax.types import Batch
-from tests.conftest import QUICK, TINY, assert_trees_close, random_bank, random_params
+from tests.conftest import QUICK, TINY, assert_trees_close, lay_together, random_bank, random_params
 
 SMALL = dataclasses.replace(TINY, layers=2, vocab=98)
 """98: the vocabulary divides by the model axis of a mesh."""
@@ -48,7 +48,7 @@ def neutral(kind):
     return bank if kind == "prompt" else scale(bank, jnp.float32(0.1))
 
 
-def make_batch(objective, rows=4, width=10, seed=5):
+def make_batch(objective, rows=4, width=10, seed=5, shared=False):
     """Answers of unequal lengths; the last row only fills the batch; for pairs the reference scores are near the model's."""
     draw, answers = np.random.default_rng(seed), 2 if objective is Dpo else 1
     lengths = draw.integers(5, 11, (rows, answers)).astype(np.int32)
@@ -56,11 +56,13 @@ def make_batch(objective, rows=4, width=10, seed=5):
     tokens = np.where(np.arange(10) < lengths[..., None], tokens, 0)
     tokens = np.pad(tokens, ((0, 0), (0, 0), (0, width - 10)), constant_values=7)
     starts = draw.integers(2, 5, (rows, 1)).astype(np.int32).repeat(answers, 1)
+    tokens = np.where(np.arange(width) < starts[..., None], tokens[:, :1], tokens)  # all answers to a prompt share its tokens
     weights = np.ones(rows, np.float32)
     weights[-1] = 0.0
     ref_logps = -5 * (lengths - starts).astype(np.float32) if objective is Dpo else None
     gates = draw.uniform(0.5, 1.5, (rows, 1)).astype(np.float32)
-    return Batch(tokens, starts, lengths, weights, gates, ref_logps)
+    batch = Batch(tokens, starts, lengths, weights, gates, ref_logps)
+    return lay_together(batch) if shared else batch
 
 
 @functools.cache
@@ -150,11 +152,26 @@ def parts():
     return partition(random_params(SMALL), small_bank(("lora", "edit")), kinds=("lora", "edit"), base=False)
 
 
+FORMS = pytest.mark.parametrize(("objective", "shared"), [(Sft, False), (Dpo, False), (Dpo, True)], ids=["sft", "dpo", "dpo-shared"])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "base"])
+def test_shared_prompt_equals_a_copy_an_answer(kind):
+    """Loss, metrics and gradients of every kind: a prompt computed once is the prompt computed for each answer."""
+    params, bank = random_params(SMALL), small_bank()
+    parts = partition(params, bank, kinds=() if kind == "base" else (kind,), base=kind == "base")
+    (apart, expected), (together, found) = (gradient_of(Dpo)(*parts, make_batch(Dpo, shared=shared)) for shared in (False, True))
+    assert_trees_close(together, apart, factor=4)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=GRADIENT, atol=GRADIENT, err_msg=name)
+
+
 @pytest.mark.parametrize("microbatches", [2, 4])
-@pytest.mark.parametrize("objective", [Sft, Dpo], ids=["sft", "dpo"])
-def test_microbatch_invariance(parts, objective, microbatches):
+@FORMS
+def test_microbatch_invariance(parts, objective, shared, microbatches):
     """The same gradient and metrics for every split, though rows differ in length and weight and one split is all filling."""
-    batch = make_batch(objective)
+    batch = make_batch(objective, shared=shared)
     whole, metrics = gradient_of(objective)(*parts, batch)
     split, split_metrics = gradient_of(objective, microbatches)(*parts, batch)
     assert_trees_close(split, whole)
@@ -163,9 +180,9 @@ def test_microbatch_invariance(parts, objective, microbatches):
         np.testing.assert_allclose(split_metrics[name], value, rtol=GRADIENT, err_msg=name)
 
 
-@pytest.mark.parametrize("objective", [Sft, Dpo], ids=["sft", "dpo"])
-def test_batch_order_invariance(parts, objective):
-    batch, order = make_batch(objective), np.array([2, 0, 3, 1])
+@FORMS
+def test_batch_order_invariance(parts, objective, shared):
+    batch, order = make_batch(objective, shared=shared), np.array([2, 0, 3, 1])
     whole, metrics = gradient_of(objective)(*parts, batch)
     shuffled, again = gradient_of(objective)(*parts, jax.tree.map(lambda leaf: leaf[order], batch))
     assert_trees_close(shuffled, whole)
@@ -213,7 +230,7 @@ def sharded_step(shape, order):
     tx, step = step_of("lora")
     params, bank = random_params(SMALL), small_bank(("lora",))
     trainable, frozen = partition(params, bank, kinds=("lora",), base=False)
-    batch = make_batch(Dpo, rows=8)
+    batch = make_batch(Dpo, rows=8, shared=True)
     if shape is None:
         return step(init_state(trainable, tx), frozen, batch)
     mesh = make_mesh(shape, [jax.devices()[i] for i in order])
