@@ -19,10 +19,11 @@ from meetjax.data.loader import Buckets, choose_buckets
 from meetjax.data.records import holds_pairs, read_records
 from meetjax.data.tokenize import Rows, tokenize_records
 from meetjax.errors import MeetjaxError
-from meetjax.evaluate.preference import accuracy, row_logps, shorter_accuracy
+from meetjax.evaluate.preference import accuracy, base_logps, row_logps, shorter_accuracy
 from meetjax.evaluate.report import write_summary
 from meetjax.models.config import ModelConfig
 from meetjax.models.load import Model, load
+from meetjax.models.sources import cache_dir
 from meetjax.train.fit import fit
 from meetjax.train.metrics import peak_rss_gb
 from meetjax.train.reference import Reference
@@ -85,7 +86,7 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     if recipe.data.max_length > config.max_position:
         expected = f"at most {config.max_position}, the positions of {model.name}"
         raise MeetjaxError("recipe: data.max_length", expected=expected, found=recipe.data.max_length)
-    reference = Reference(config, model.params)
+    reference = open_reference(model, config)
     bank, held_rows, buckets = Bank(), None, ()
     for i, stage in enumerate(recipe.stages):
         rows, held_rows, _, buckets = read_rows(recipe.data, stage.objective.form, model.tokenizer, console)
@@ -104,7 +105,7 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     }
     if held_rows is not None:
         console.print(f"evaluating on {len(held_rows):,} held-out rows")
-        summary |= held_out(config, model, bank, held_rows, buckets)
+        summary |= held_out(config, model, bank, reference, held_rows, buckets)
     summary |= {"wall_s": round(time.monotonic() - begun, 1), "peak_rss_gb": round(peak_rss_gb(), 3)}
     console.print(f"wrote {write_summary(summary, out)}")
     return summary
@@ -117,13 +118,18 @@ def _with_new_kinds(bank: Bank, stage: Stage, config: ModelConfig, model: Model,
     return Bank(**{kind: getattr(bank, kind) or getattr(made, kind) for kind in KINDS})
 
 
-def held_out(config: ModelConfig, model: Model, bank: Bank, rows: Rows, lengths: Buckets) -> dict[str, Any]:
+def open_reference(model: Model, config: ModelConfig) -> Reference:
+    """The scores of this base that earlier runs have left in the cache folder, and those to come."""
+    return Reference(config, model.params, cache_dir() / "reference.sqlite", model.fingerprint)
+
+
+def held_out(config: ModelConfig, model: Model, bank: Bank, reference: Reference, rows: Rows, buckets: Buckets) -> dict[str, Any]:
     """Implicit-reward accuracy s - s_ref over held-out pairs with its interval, beside what costs no training.
 
     Demonstrations have no rejected answer: for them the loss in nats a token, beside the base model's.
     """
-    base = row_logps(config, model.params, None, rows, lengths)
-    policy = row_logps(config, model.params, bank, rows, lengths)
+    base = base_logps(reference, rows, buckets)
+    policy = row_logps(config, model.params, bank, rows, buckets)
     if policy.shape[1] == 1:
         tokens = float((rows.lengths - rows.starts).sum())
         return {"held_out_loss": -policy.sum() / tokens, "baseline_untrained_loss": -base.sum() / tokens, "held_out_n": len(rows)}

@@ -25,12 +25,12 @@ from meetjax.adapters.io import save_adapters
 from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.prompt import PromptSpec
 from meetjax.adapters.tree import Bank, count_parameters
-from meetjax.align import read_rows
+from meetjax.align import open_reference, read_rows
 from meetjax.data.loader import Buckets
 from meetjax.data.tokenize import Rows, tokenize_records
 from meetjax.errors import MeetjaxError
 from meetjax.evaluate.curves import dial_curve
-from meetjax.evaluate.preference import accuracy, row_logps, shorter_accuracy
+from meetjax.evaluate.preference import accuracy, base_logps, row_logps, shorter_accuracy
 from meetjax.evaluate.report import write_report, write_summary
 from meetjax.generate.requests import Completion, Request, generate_texts
 from meetjax.models.load import Model, load
@@ -81,9 +81,9 @@ def run(out: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
         curve_rows, _ = tokenize_records(records[:CURVE_PROMPTS], model.tokenizer, recipe.data.max_length)
     if held_rows is None:
         raise MeetjaxError("demo: data.held_out", expected="> 0", found=0)
-    reference = Reference(model.config, model.params)
+    reference = open_reference(model, model.config)
     with timed("base model on held-out pairs"):
-        base = row_logps(model.config, model.params, None, held_rows, lengths)
+        base = base_logps(reference, held_rows, lengths)
     with timed("base model generates"):
         plain = generate_texts(model, [Request(prompt) for prompt in prompts], max_new_tokens=MAX_NEW_TOKENS)
     summary: dict[str, Any] = {

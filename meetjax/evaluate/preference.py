@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from meetjax.data.tokenize import Rows
 from meetjax.evaluate.intervals import wilson
 from meetjax.models.config import ModelConfig
 from meetjax.objectives.logps import compiled_answer_logps
+from meetjax.train.reference import Reference
 from meetjax.types import Params
 
 
@@ -19,9 +21,18 @@ def row_logps(
     config: ModelConfig, params: Params, bank: Any, rows: Rows, buckets: Buckets, batch_size: int = 4
 ) -> Float[np.ndarray, "N C"]:
     """Summed answer log-probabilities in nats of every row, the bank in full."""
+    return _scored(lambda batch, _: compiled_answer_logps(config, params, bank, batch), rows, buckets, batch_size)
+
+
+def base_logps(reference: Reference, rows: Rows, buckets: Buckets, batch_size: int = 4) -> Float[np.ndarray, "N C"]:
+    """The same under the base model, where not known from before."""
+    return _scored(lambda batch, chosen: reference.logps(batch, rows, chosen), rows, buckets, batch_size)
+
+
+def _scored(score: Callable, rows: Rows, buckets: Buckets, batch_size: int) -> Float[np.ndarray, "N C"]:
     out = np.zeros(rows.starts.shape, np.float64)
     for batch, chosen in eval_batches(rows, batch_size, buckets):
-        values = np.asarray(compiled_answer_logps(config, params, bank, batch))
+        values = np.asarray(score(batch, chosen))
         real = batch.weights > 0
         out[chosen[real]] = values[real]
     return out

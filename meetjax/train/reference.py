@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import hashlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from meetjax.data.tokenize import Rows
+from meetjax.errors import MeetjaxError
 from meetjax.models.config import ModelConfig
 from meetjax.objectives.logps import compiled_answer_logps
 from meetjax.train.sharding import put_batch
@@ -16,19 +23,79 @@ from meetjax.types import Batch, Params
 
 
 class Reference:
-    """s_ref of every batch asked for so far, keyed by its rows' content and its padded length; share one between runs on the same base.
+    """s_ref of every batch asked for so far, keyed by its rows' content and its shape; share one between runs on the same base.
 
     By batch and not by row: the last bits of a row's score depend on its company, and a resumed run, which meets the batches in
     another order than the run it continues, must see the same bits where a set repeats a row.
     """
 
-    def __init__(self, config: ModelConfig, params: Params):
+    def __init__(self, config: ModelConfig, params: Params, file: Path | None = None, fingerprint: str = ""):
+        """Kept in memory, and in `file` between runs where one is given: scores of the base with this fingerprint.
+
+        A key names all that a score depends on (base, token ids, places of the answers, shapes, dtype, mesh, backend, JAX and the
+        code of the forward pass), so that no entry can be stale. Raises MeetjaxError when the file cannot be used.
+        """
         self._config, self._params = config, params
-        self._known: dict[tuple[str, ...], Float[np.ndarray, "B C"]] = {}
+        self._known: dict[str, Float[np.ndarray, "B C"]] = {}
+        self._base = [fingerprint, repr(config), jax.default_backend(), jax.__version__, _code()]
+        self._store = None if file is None else _Store(file)
+
+    def logps(self, batch: Batch, rows: Rows, chosen: np.ndarray, mesh: jax.sharding.Mesh | None = None) -> Float[np.ndarray, "B C"]:
+        """Summed answer log-probabilities in nats under the base; a new batch costs one forward pass."""
+        layout = [str(dict(mesh.shape)) if mesh else "", str(batch.tokens.shape)]
+        key = hashlib.sha256("\n".join([*self._base, *layout, *rows.hashes[chosen]]).encode()).hexdigest()
+        if key not in self._known:
+            found = None if self._store is None else self._store.get(key)
+            if found is None:
+                placed = put_batch(batch, mesh) if mesh else batch
+                scores = np.asarray(compiled_answer_logps(self._config, self._params, None, placed))
+                if self._store is not None:
+                    self._store.put(key, scores)
+            else:
+                scores = found.reshape(batch.starts.shape)
+            self._known[key] = scores
+        return self._known[key]
 
     def attach(self, batch: Batch, rows: Rows, chosen: np.ndarray, mesh: jax.sharding.Mesh) -> Batch:
-        """The batch with `ref_logps`; a new batch costs one forward pass."""
-        key = (str(batch.tokens.shape), *rows.hashes[chosen])
-        if key not in self._known:
-            self._known[key] = np.asarray(compiled_answer_logps(self._config, self._params, None, put_batch(batch, mesh)))
-        return dataclasses.replace(batch, ref_logps=self._known[key])
+        """The batch with `ref_logps`."""
+        return dataclasses.replace(batch, ref_logps=self.logps(batch, rows, chosen, mesh))
+
+
+class _Store:
+    """Arrays of float32 by key in one file; several runs may use it at a time."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        with self._named():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(file, timeout=60, isolation_level=None)
+            self._connection.execute("create table if not exists scores (key text primary key, value blob) without rowid")
+
+    def get(self, key: str) -> Float[np.ndarray, " M"] | None:
+        with self._named():
+            found = self._connection.execute("select value from scores where key = ?", (key,)).fetchone()
+        return None if found is None else np.frombuffer(found[0], "<f4")
+
+    def put(self, key: str, scores: Float[np.ndarray, "B C"]) -> None:
+        with self._named():
+            self._connection.execute("insert or replace into scores values (?, ?)", (key, scores.astype("<f4").tobytes()))
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            fix = "delete it or set MEETJAX_CACHE to a folder that can be written"
+            expected = "a cache of reference scores that can be read and written"
+            raise MeetjaxError(f"{self._file}", expected=expected, found=error, fix=fix) from error
+
+
+@functools.cache
+def _code() -> str:
+    """Digest of the code that a score comes from."""
+    package = Path(__file__).parent.parent
+    files = sorted((*package.glob("models/*.py"), *package.glob("objectives/*.py"), package / "types.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
