@@ -51,7 +51,7 @@ MAX_NEW_TOKENS = 96
 RECIPE = Recipe(
     name="demo",
     model=MODEL,
-    data=Data(path=str(SET), held_out=24, max_length=144, buckets=(144,)),
+    data=Data(path=str(SET), held_out=24, max_length=144, buckets=(192,)),
     train=Train(steps=8, batch_size=4, save_every=8),
     stages=(
         Stage((PromptSpec(length=8, text="Be brief."),), Dpo(beta=0.1), Optim(learning_rate=1e-2)),

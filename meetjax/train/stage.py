@@ -32,8 +32,10 @@ class Optim:
 class Objective(Protocol):
     """What `Dpo` and `Sft` are and a new loss has to be: a frozen dataclass called as objective(logps [B, C], batch).
 
-    It returns (summed loss, normaliser, summed metrics with their normalisers). form: the records it reads, "pair" or
-    "completion"; needs_reference: whether it reads `batch.ref_logps`.
+    It returns (summed loss, normaliser, summed metrics with their normalisers). form: the records it reads, "pair",
+    "completion" or "labelled"; needs_reference: whether it reads `batch.ref_logps`. An objective with a number that belongs to the
+    whole batch and not to a micro-batch (KTO's z0) has a method pool(logps, batch) -> (sum, weight) and is called as
+    objective(logps, batch, pooled), where pooled is sum / weight over the whole batch, without a gradient.
     """
 
     form: ClassVar[Any]  # Any, because a class variable is mutable and so admits no narrower type in an implementation

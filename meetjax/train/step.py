@@ -96,15 +96,33 @@ def init_state(trainable: Any, tx: optax.GradientTransformation) -> State:
     return State(trainable, tx.init(trainable), jnp.zeros((), jnp.int32))
 
 
-def make_loss(config: ModelConfig, objective: Any) -> Callable[[Parts, Parts, Batch], tuple[Array, tuple[Array, dict]]]:
-    """loss(trainable, frozen, batch) -> (summed loss, (normaliser, summed metrics))."""
+def make_loss(config: ModelConfig, objective: Any) -> Callable[..., tuple[Array, tuple[Array, dict]]]:
+    """loss(trainable, frozen, batch, pooled=None) -> (summed loss, (normaliser, summed metrics)); pooled None: the batch is whole."""
 
-    def loss(trainable: Parts, frozen: Parts, batch: Batch) -> tuple[Array, tuple[Array, dict]]:
+    def loss(trainable: Parts, frozen: Parts, batch: Batch, pooled: Array | None = None) -> tuple[Array, tuple[Array, dict]]:
         params, adapters = join(trainable, frozen)
-        total, count, metrics = objective(answer_logps(config, params, adapters, batch), batch)
+        logps = answer_logps(config, params, adapters, batch)
+        if hasattr(objective, "pool"):
+            total, count, metrics = objective(logps, batch, _mean(*objective.pool(logps, batch)) if pooled is None else pooled)
+        else:
+            total, count, metrics = objective(logps, batch)
         return total, (count, metrics)
 
     return loss
+
+
+def _mean(total: Array, weight: Array) -> Array:
+    return jax.lax.stop_gradient(total / jnp.maximum(weight, 1.0))
+
+
+def _pool(config: ModelConfig, objective: Any, trainable: Parts, frozen: Parts, parts: Batch) -> Array:
+    """What `objective` pools over all micro-batches: one forward pass of each before any gradient."""
+
+    def one(part: Batch) -> tuple[Array, Array]:
+        return objective.pool(answer_logps(config, *join(trainable, frozen), part), part)
+
+    total, weight = jax.lax.map(one, parts)
+    return _mean(jnp.sum(total), jnp.sum(weight))
 
 
 def make_gradient(config: ModelConfig, objective: Any, microbatches: int = 1) -> Callable[[Parts, Parts, Batch], tuple[Parts, dict]]:
@@ -115,16 +133,20 @@ def make_gradient(config: ModelConfig, objective: Any, microbatches: int = 1) ->
     value_and_grad = jax.value_and_grad(make_loss(config, objective), has_aux=True)
 
     def gradient(trainable: Parts, frozen: Parts, batch: Batch) -> tuple[Parts, dict]:
+        pooled = None
+
         def add(carry: Any, part: Batch) -> tuple[Any, None]:
-            (total, (count, metrics)), grads = value_and_grad(trainable, frozen, part)
+            (total, (count, metrics)), grads = value_and_grad(trainable, frozen, part, pooled)
             return jax.tree.map(jnp.add, carry, (total, count, metrics, grads)), None
 
         if microbatches == 1:
             (total, (count, metrics)), grads = value_and_grad(trainable, frozen, batch)
         else:
             parts = jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), batch)
+            if hasattr(objective, "pool"):
+                pooled = _pool(config, objective, trainable, frozen, parts)
             first = jax.tree.map(lambda leaf: leaf[0], parts)
-            shapes = jax.eval_shape(value_and_grad, trainable, frozen, first)
+            shapes = jax.eval_shape(value_and_grad, trainable, frozen, first, pooled)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             (total, (count, metrics)), grads = zeros
             (total, count, metrics, grads), _ = jax.lax.scan(add, (total, count, metrics, grads), parts)
