@@ -146,7 +146,8 @@ def pad_batch(rows: Rows, plan: Plan, host: int = 0, hosts: int = 1) -> tuple[Ba
             tokens[b, 0 if together else c, begins[b, c] + skip : begins[b, c] + rows.lengths[n, c]] = answer_ids(rows, n, c)[skip:]
     weights = (np.arange(len(plan.rows)) < plan.real).astype(np.float32)[mine]
     starts, ends = (begins + places[chosen] for places in (rows.starts, rows.lengths))
-    return Batch(tokens, starts, ends, weights, common=common if together else None), chosen
+    classes, gates = (None if column is None else column[chosen] for column in (rows.classes, rows.gates))
+    return Batch(tokens, starts, ends, weights, gates, common=common if together else None, classes=classes), chosen
 
 
 def padding_audit(rows: Rows, plans: list[Plan]) -> Audit:
@@ -192,6 +193,8 @@ def _plan(chosen: Int[np.ndarray, " n"], batch_size: int, longest: Int[np.ndarra
 def _plan_key(rows: Rows, plans: list[Plan], seed: int) -> str:
     """A key of everything that decides which rows come when; the number of hosts does not."""
     digest = hashlib.sha256(f"{seed}:{''.join(rows.hashes)}".encode())
+    for column in (rows.classes, rows.gates):
+        digest.update(b"" if column is None else column.tobytes())
     for plan in plans:
         digest.update(np.array([plan.length, plan.real, *plan.rows], "<i8").tobytes())
     return digest.hexdigest()[:16]

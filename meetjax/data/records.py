@@ -1,9 +1,9 @@
-"""Records: preference pairs and demonstrations, read from every common layout of columns."""
+"""Records: preference pairs, demonstrations, labelled and scored answers, read from every common layout of columns."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from meetjax.data.sources import iterate_rows
 from meetjax.errors import MeetjaxError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-FORMS = ("pair", "completion")
+Form = Literal["pair", "completion", "labelled", "scored"]
 HH_START = "\n\nHuman:"
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -59,40 +59,63 @@ class Completion:
     where: str
 
 
-def answers(record: Pair | Completion) -> tuple[str, ...]:
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """An answer of a class, 0 for bad and 1 for good or any other numbering; `where` is the `file:line` it came from."""
+
+    prompt: Prompt
+    completion: str
+    label: int
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """An answer with a score, to be compared only within its prompt; `where` is the `file:line` it came from."""
+
+    prompt: Prompt
+    completion: str
+    score: float
+    where: str
+
+
+Record = Pair | Completion | Labelled | Scored
+
+
+def answers(record: Record) -> tuple[str, ...]:
     """The record's C answers in the order of `Batch`'s answer axis: (chosen, rejected) or (completion,)."""
     return (record.chosen, record.rejected) if isinstance(record, Pair) else (record.completion,)
 
 
-def read_records(
-    source: str | Path, form: Literal["pair", "completion"], split: str | None = None, limit: int | None = None
-) -> tuple[list[Any], Audit]:
-    """Reads `Pair` or `Completion` records and the audit of the rows left out.
+def read_records(source: str | Path, form: Form, split: str | None = None, limit: int | None = None) -> tuple[list[Any], Audit]:
+    """Reads records of a form and the audit of the rows left out.
 
     `source` and `split` are those of `sources.iterate_rows`; `limit` reads only the first rows. Layouts, told by the columns:
 
-    * `prompt`, `chosen`, `rejected` and `prompt`, `completion`: each a string or a list of {"role", "content"} messages;
-    * `chosen`, `rejected` alone: whole conversations, or dialogue strings with turns at "\\n\\nHuman:" and "\\n\\nAssistant:";
-    * `messages` (demonstrations only): the last assistant turn is the answer.
+    * pair: `prompt`, `chosen`, `rejected`, each a string or a list of {"role", "content"} messages; or `chosen`, `rejected` alone:
+      whole conversations, or dialogue strings with turns at "\\n\\nHuman:" and "\\n\\nAssistant:";
+    * completion: `prompt`, `completion`; `messages`, of which the last assistant turn is the answer; or a pair's columns, of which
+      the chosen answer is read;
+    * labelled: `prompt`, `completion` and `label`, true, false or a class number from 0;
+    * scored: `prompt`, `completion` and `score`; or a pair's columns with `score_chosen` and `score_rejected`, two records a row.
 
     A pair file read as demonstrations gives the chosen answers of exactly the rows that it gives as pairs, in the same
     order, so that one seeded split serves both. Raises MeetjaxError with `file:line` for a missing column, a field of the
     wrong type and whatever `iterate_rows` raises, and with the top reason when no row is usable.
     """
-    if form not in FORMS:
-        raise MeetjaxError("data form", expected=" or ".join(FORMS), found=repr(form))
+    if form not in PARSERS:
+        raise MeetjaxError("data form", expected=" or ".join(PARSERS), found=repr(form))
     if limit is not None and limit < 1:
         raise MeetjaxError(f"{source}: limit", expected="at least 1 row", found=limit)
-    parse = parse_pair if form == "pair" else parse_completion
     records: list[Any] = []
     excluded: dict[str, Finding] = {}
     noted: dict[str, Finding] = {}
     usable = 0
     for number, (row, where) in enumerate(iterate_rows(source, split), start=1):
-        record = parse(row, where)
-        if isinstance(record, str):
-            tally(excluded, record, where)
-        else:
+        found = PARSERS[form](row, where)
+        if isinstance(found, str):
+            tally(excluded, found, where)
+        for record in [] if isinstance(found, str) else found if isinstance(found, list) else [found]:
             records.append(record)
             empty = not all(answer.strip() for answer in answers(record))
             usable += not empty
@@ -106,9 +129,11 @@ def read_records(
     return records, Audit(len(records), excluded, noted)
 
 
-def holds_pairs(source: str | Path, split: str | None = None) -> bool:
-    """Whether the first row has a rejected answer; False for an empty source."""
-    return any("rejected" in row for row, _ in itertools.islice(iterate_rows(source, split), 1))
+def form_of(source: str | Path, split: str | None = None) -> Form:
+    """The form that the columns of the first row tell; a completion where they tell nothing."""
+    row, _ = next(iterate_rows(source, split), ({}, ""))
+    told: dict[str, Form] = {"rejected": "pair", "label": "labelled", "score": "scored"}
+    return next((form for column, form in told.items() if column in row), "completion")
 
 
 def parse_pair(row: Mapping[str, Any], where: str) -> Pair | str:
@@ -142,6 +167,36 @@ def parse_completion(row: Mapping[str, Any], where: str) -> Completion | str:
     else:
         raise _missing("prompt and completion, or messages, or chosen and rejected", row, where)
     return found if isinstance(found, str) else Completion(*found, where)
+
+
+def parse_labelled(row: Mapping[str, Any], where: str) -> Labelled | str:
+    """The row's answer and class, or the reason why it has none; raises MeetjaxError like `parse_pair`."""
+    _require_columns(row, ("prompt", "completion", "label"), where)
+    label, found = row["label"], _answer_after(row["prompt"], row, "completion", where)
+    if not isinstance(label, int) or label < 0:
+        raise MeetjaxError(f"{where}: field 'label'", expected="true, false or a class number from 0", found=repr(label))
+    return found if isinstance(found, str) else Labelled(*found, int(label), where)
+
+
+def parse_scored(row: Mapping[str, Any], where: str) -> Scored | list[Scored] | str:
+    """The row's answer and score, those of both sides of a scored pair, or the reason why it has none; raises like `parse_pair`."""
+    if "rejected" in row:
+        _require_columns(row, ("score_chosen", "score_rejected"), where)
+        pair = parse_pair(row, where)
+        if isinstance(pair, str):
+            return pair
+        sides = ((pair.chosen, "score_chosen"), (pair.rejected, "score_rejected"))
+        return [Scored(pair.prompt, answer, _score(row, column, where), where) for answer, column in sides]
+    _require_columns(row, ("prompt", "completion", "score"), where)
+    found = _answer_after(row["prompt"], row, "completion", where)
+    return found if isinstance(found, str) else Scored(*found, _score(row, "score", where), where)
+
+
+def _score(row: Mapping[str, Any], column: str, where: str) -> float:
+    value = row[column]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise MeetjaxError(f"{where}: field '{column}'", expected="a finite number", found=repr(value))
+    return float(value)
 
 
 def parse_dialogue(text: str) -> tuple[Message, ...]:
@@ -225,3 +280,6 @@ def _missing(column: str, row: Mapping[str, Any], where: str) -> MeetjaxError:
 
 def _wrong_type(field: str, value: Any, where: str) -> MeetjaxError:
     return MeetjaxError(f"{where}: field '{field}'", expected="a string or a list of messages", found=type(value).__name__)
+
+
+PARSERS = {"pair": parse_pair, "completion": parse_completion, "labelled": parse_labelled, "scored": parse_scored}

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from meetjax.data.audit import Audit, Finding, require_rows, tally
-from meetjax.data.records import EMPTY, Completion, Pair, answers
+from meetjax.data.records import EMPTY, Labelled, Record, answers
 from meetjax.data.template import TemplateRefusal, check_template, render_prompt
 from meetjax.errors import MeetjaxError
 from meetjax.types import Tokenizer
@@ -38,6 +38,8 @@ class Rows:
     common:   int32[N], tokens at the front of the prompt that are the same for all C answers
     hashes:   str[N], 16 hex digits that name the row's content (for caches)
     records:  int32[N], index of the row's record in the list that was tokenised
+    classes:  int32[N], labels of labelled records, or None
+    gates:    float32[N, A], the row's gate on each bank column, or None for 1 everywhere
     shared_prompt: whether batches lay the answers of a row behind one copy of `common`, or each behind its own
     """
 
@@ -48,6 +50,8 @@ class Rows:
     common: Int[np.ndarray, " N"]
     hashes: np.ndarray
     records: Int[np.ndarray, " N"]
+    classes: Int[np.ndarray, " N"] | None = None
+    gates: Float[np.ndarray, "N A"] | None = None
     shared_prompt: bool = True
 
     def __len__(self) -> int:
@@ -61,7 +65,7 @@ def answer_ids(rows: Rows, n: int, c: int) -> Int[np.ndarray, " length"]:
 
 
 def tokenize_records(
-    records: Sequence[Pair] | Sequence[Completion],
+    records: Sequence[Record],
     tokenizer: Tokenizer,
     max_length: int,
     template: Literal["auto", "chat", "none"] = "auto",
@@ -109,6 +113,8 @@ def tokenize_records(
             progress(first + len(chunk), len(records))
     require_rows(Audit(len(kept), excluded), "tokenised records")
     rows = _flat(kept)
+    if isinstance(records[0], Labelled):
+        rows = dataclasses.replace(rows, classes=np.array([records[n].label for n in rows.records], np.int32))
     stats = {"tokens": int(rows.lengths.sum()), "distinct tokens": distinct_tokens(rows)}
     return rows, Audit(len(rows), excluded, noted, stats)
 
@@ -209,12 +215,12 @@ def _flat(kept: list[tuple[int, list[np.ndarray], list[int]]]) -> Rows:
         starts=starts,
         lengths=lengths,
         common=np.array([_common(row[1], row[2]) for row in kept], np.int32),
-        hashes=np.array([_content_hash(row[1], row[2]) for row in kept]),
+        hashes=np.array([content_hash(row[1], row[2]) for row in kept]),
         records=np.array([row[0] for row in kept], np.int32),
     )
 
 
-def _content_hash(ids: list[np.ndarray], starts: list[int]) -> str:
+def content_hash(ids: list[np.ndarray], starts: list[int]) -> str:
     """Starts and lengths are hashed too: they say where prompts end, which the ids alone do not."""
     digest = hashlib.sha256(np.array([starts, [len(tokens) for tokens in ids]], "<i4").tobytes())
     for tokens in ids:
