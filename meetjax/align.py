@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,10 +14,8 @@ from rich.console import Console
 from meetjax.adapters.bank import KIND_OF, init_bank
 from meetjax.adapters.io import save_adapters
 from meetjax.adapters.tree import KINDS, Bank, count_parameters
-from meetjax.data.audit import Audit, render_table, split_rows, then
-from meetjax.data.loader import Buckets, choose_buckets
-from meetjax.data.records import holds_pairs, read_records
-from meetjax.data.tokenize import Rows, tokenize_records
+from meetjax.data.loader import Buckets
+from meetjax.data.tokenize import Rows
 from meetjax.errors import MeetjaxError
 from meetjax.evaluate.preference import accuracy, base_logps, row_logps, shorter_accuracy
 from meetjax.evaluate.report import write_summary
@@ -28,42 +26,8 @@ from meetjax.train.fit import fit
 from meetjax.train.metrics import peak_rss_gb
 from meetjax.train.reference import Reference
 from meetjax.train.sharding import base_shardings, make_mesh
-from meetjax.train.stage import Data, Recipe, Stage, check_recipe, resolved
-
-
-class Split(NamedTuple):
-    """Training rows of the objective's form; held-out rows, pairs where the data has them, and their records; None without any.
-
-    buckets: the padded lengths of both, those of the recipe or the best ones.
-    """
-
-    train: Rows
-    held_out: Rows | None
-    records: list[Any]
-    buckets: Buckets
-
-
-def read_rows(data: Data, form: Literal["pair", "completion"], tokenizer: Any, console: Console) -> Split:
-    """Reads, splits and tokenises `data`, and prints what was left out and why."""
-
-    def tokenized(records: list[Any]) -> tuple[Rows, Audit]:
-        rows, made = tokenize_records(records, tokenizer, data.max_length, data.template)
-        return dataclasses.replace(rows, shared_prompt=data.shared_prompt), made
-
-    records, read = read_records(data.path, form, data.split, data.limit)
-    if not data.held_out:
-        rows, made = tokenized(records)
-        console.print(render_table(then(read, made), f"{data.path} ({form})"))
-        return Split(rows, None, [], data.buckets or choose_buckets(rows))
-    train, held_out, split = split_rows(records, data.held_out, data.seed)
-    rows, made = tokenized(train)
-    console.print(render_table(then(read, split, made), f"{data.path} ({form})"))
-    if form != "pair" and holds_pairs(data.path, data.split):
-        pairs, _ = read_records(data.path, "pair", data.split, data.limit)
-        _, held_out, _ = split_rows(pairs, data.held_out, data.seed)
-    held_rows, held_audit = tokenized(held_out)
-    console.print(render_table(held_audit, "held out"))
-    return Split(rows, held_rows, held_out, data.buckets or choose_buckets(rows, held_rows))
+from meetjax.train.stage import Recipe, Stage, check_recipe, resolved
+from meetjax.train.view import check_columns, read_rows
 
 
 def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
@@ -87,10 +51,11 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
         expected = f"at most {config.max_position}, the positions of {model.name}"
         raise MeetjaxError("recipe: data.max_length", expected=expected, found=recipe.data.max_length)
     reference = open_reference(model, config)
-    bank, held_rows, buckets = Bank(), None, ()
+    bank, held_rows, contrast, buckets = Bank(), None, None, ()
     for i, stage in enumerate(recipe.stages):
-        rows, held_rows, _, buckets = read_rows(recipe.data, stage.objective.form, model.tokenizer, console)
+        rows, held_rows, contrast, _, buckets = read_rows(recipe.data, stage, model.tokenizer, console)
         bank = _with_new_kinds(bank, stage, config, model, recipe.train.seed)
+        check_columns(bank, rows, f"stages.{i}")
         _, bank = fit(
             config, model.params, bank, rows, stage, recipe.train, out / f"stage-{i}",
             buckets=buckets, mesh=mesh, identity=_identity(recipe, model, i),
@@ -105,7 +70,7 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     }
     if held_rows is not None:
         console.print(f"evaluating on {len(held_rows):,} held-out rows")
-        summary |= held_out(config, model, bank, reference, held_rows, buckets)
+        summary |= held_out(config, model, bank, reference, held_rows, contrast, buckets)
     summary |= {"wall_s": round(time.monotonic() - begun, 1), "peak_rss_gb": round(peak_rss_gb(), 3)}
     console.print(f"wrote {write_summary(summary, out)}")
     return summary
@@ -114,7 +79,8 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
 def _with_new_kinds(bank: Bank, stage: Stage, config: ModelConfig, model: Model, seed: int) -> Bank:
     """The bank with the kinds that this stage is the first to train; what an earlier stage trained is continued."""
     new = tuple(spec for spec in stage.trains if spec != "base" and getattr(bank, KIND_OF[type(spec)]) is None)
-    made = init_bank(config, model.params, new, model.tokenizer, jax.random.key(seed)) if new else Bank()
+    wide = max(stage.view.controls, 1)
+    made = init_bank(config, model.params, new, model.tokenizer, jax.random.key(seed), wide) if new else Bank()
     return Bank(**{kind: getattr(bank, kind) or getattr(made, kind) for kind in KINDS})
 
 
@@ -123,17 +89,21 @@ def open_reference(model: Model, config: ModelConfig) -> Reference:
     return Reference(config, model.params, cache_dir() / "reference.sqlite", model.fingerprint)
 
 
-def held_out(config: ModelConfig, model: Model, bank: Bank, reference: Reference, rows: Rows, buckets: Buckets) -> dict[str, Any]:
+def held_out(
+    config: ModelConfig, model: Model, bank: Bank, reference: Reference, rows: Rows, contrast: Rows | None, buckets: Buckets
+) -> dict[str, Any]:
     """Implicit-reward accuracy s - s_ref over held-out pairs with its interval, beside what costs no training.
 
+    A model that was told classes apart is its own reference: s under the good class less s under the bad one (`contrast`).
     Demonstrations have no rejected answer: for them the loss in nats a token, beside the base model's.
     """
     base = base_logps(reference, rows, buckets)
     policy = row_logps(config, model.params, bank, rows, buckets)
+    against = base if contrast is None else row_logps(config, model.params, bank, contrast, buckets)
     if policy.shape[1] == 1:
         tokens = float((rows.lengths - rows.starts).sum())
         return {"held_out_loss": -policy.sum() / tokens, "baseline_untrained_loss": -base.sum() / tokens, "held_out_n": len(rows)}
-    margins = (policy - base)[:, 0] - (policy - base)[:, 1]
+    margins = (policy - against)[:, 0] - (policy - against)[:, 1]
     ours = accuracy(margins)
     return {
         "held_out_accuracy": ours["accuracy"],

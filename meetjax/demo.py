@@ -25,7 +25,7 @@ from meetjax.adapters.io import save_adapters
 from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.prompt import PromptSpec
 from meetjax.adapters.tree import Bank, count_parameters
-from meetjax.align import open_reference, read_rows
+from meetjax.align import open_reference
 from meetjax.data.loader import Buckets
 from meetjax.data.tokenize import Rows, tokenize_records
 from meetjax.errors import MeetjaxError
@@ -40,6 +40,7 @@ from meetjax.train.metrics import peak_rss_gb, read_metrics
 from meetjax.train.reference import Reference
 from meetjax.train.sharding import make_mesh
 from meetjax.train.stage import Data, Optim, Recipe, Stage, Train, resolved
+from meetjax.train.view import read_rows
 
 MODEL = "smollm2-135m-instruct"
 SET = Path(meetjax.data.__file__).parent / "concise.jsonl"
@@ -76,7 +77,7 @@ def run(out: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
     with timed("load model"):
         model = load(recipe.model)
     with timed("read data"):
-        rows, held_rows, records, lengths = read_rows(recipe.data, "pair", model.tokenizer, console)
+        rows, held_rows, _, records, lengths = read_rows(recipe.data, recipe.stages[0], model.tokenizer, console)
         prompts = [record.prompt for record in records[:CURVE_PROMPTS]]
         curve_rows, _ = tokenize_records(records[:CURVE_PROMPTS], model.tokenizer, recipe.data.max_length)
     if held_rows is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 
 from meetjax.adapters.edit import EditSpec, init_edit
@@ -17,10 +19,10 @@ Spec = PromptSpec | LoraSpec | EditSpec | IdentitySpec
 KIND_OF = {PromptSpec: "prompt", LoraSpec: "lora", EditSpec: "edit", IdentitySpec: "identity"}
 
 
-def init_bank(config: ModelConfig, params: Params, specs: tuple[Spec, ...], tokenizer, key: Array) -> Bank:
-    """A bank with one gate column. Only a soft prompt moves the model at once; the other kinds start as the base.
+def init_bank(config: ModelConfig, params: Params, specs: tuple[Spec, ...], tokenizer, key: Array, columns: int = 1) -> Bank:
+    """A bank with an adapter of each spec for every gate column. Only a soft prompt moves the model at once; the rest start as the base.
 
-    tokenizer: encodes the prompt's starting text. Raises MeetjaxError for no spec, two of a kind, or a bad site, rank or length.
+    tokenizer: encodes the prompt's starting text. Raises MeetjaxError for no spec, two of a kind, or a bad site, rank, length or text.
     """
     if not specs:
         raise MeetjaxError("adapters: zero trainable leaves", expected="at least one of prompt, lora, edit, identity", found="none")
@@ -30,11 +32,15 @@ def init_bank(config: ModelConfig, params: Params, specs: tuple[Spec, ...], toke
         if kind is None or kind in fields:
             raise MeetjaxError("adapters", expected="one spec a kind: " + ", ".join(KIND_OF.values()), found=repr(spec))
         if isinstance(spec, PromptSpec):
-            fields[kind] = init_prompt(config, params, spec, tokenizer.encode(spec.text, add_special_tokens=False))
+            texts = (spec.text,) * columns if isinstance(spec.text, str) else spec.text
+            if len(texts) != columns:
+                raise MeetjaxError("prompt: text", expected=f"one text, or one for each of {columns} columns", found=len(texts))
+            fields[kind] = init_prompt(params, spec, [tokenizer.encode(text, add_special_tokens=False) for text in texts])
         elif isinstance(spec, LoraSpec):
-            fields[kind] = init_lora(config, spec, jax.random.fold_in(key, 1))
+            fields[kind] = init_lora(config, spec, jax.random.fold_in(key, 1), columns)
         elif isinstance(spec, EditSpec):
-            fields[kind] = init_edit(config, spec)
+            fields[kind] = init_edit(config, spec, columns)
         else:
-            fields[kind] = init_identity(config, params, spec)
+            fields[kind] = init_identity(config, params, spec, columns)
+        fields[kind] = dataclasses.replace(fields[kind], entries=tuple(range(columns)))
     return Bank(**fields)

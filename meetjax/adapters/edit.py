@@ -19,10 +19,10 @@ class EditSpec:
     sites: tuple[str, ...] = ("down",)
 
 
-def init_edit(config: ModelConfig, spec: EditSpec) -> Edit:
-    """s = t = 0, [L, 1, out], always float32: in bfloat16 a step of 1e-3 is lost beside 1 and the vectors stand still."""
+def init_edit(config: ModelConfig, spec: EditSpec, entries: int = 1) -> Edit:
+    """s = t = 0, [L, E, out], always float32: in bfloat16 a step of 1e-3 is lost beside 1 and the vectors stand still."""
     zeros = {
-        name: jnp.zeros((config.layers, 1, sites.shape(config, sites.BLOCK[name])[-1]), jnp.float32)
+        name: jnp.zeros((config.layers, entries, sites.shape(config, sites.BLOCK[name])[-1]), jnp.float32)
         for name in sites.check_sites("edit", spec.sites, sites.EDITABLE)
     }
     fields: dict[str, Any] = {name: EditSite(leaf, jnp.zeros_like(leaf)) for name, leaf in zeros.items()}

@@ -20,8 +20,8 @@ class IdentitySpec:
     blocks: int = 1
 
 
-def init_identity(config: ModelConfig, params: Params, spec: IdentitySpec) -> Identity:
-    """Leaves [blocks, 1, ...] float32 copied from block 0, with W_o = W_down = 0, so that phi(h) = h exactly."""
+def init_identity(config: ModelConfig, params: Params, spec: IdentitySpec, entries: int = 1) -> Identity:
+    """Leaves [blocks, E, ...] float32 copied from block 0, with W_o = W_down = 0, so that phi(h) = h exactly."""
     if spec.blocks < 1:
         raise MeetjaxError("identity: blocks", expected=">= 1", found=spec.blocks)
     block = {}
@@ -29,5 +29,5 @@ def init_identity(config: ModelConfig, params: Params, spec: IdentitySpec) -> Id
         leaf = params["blocks"][name][0].astype(jnp.float32)
         if name in ("o", "down"):
             leaf = jnp.zeros_like(leaf)
-        block[name] = jnp.broadcast_to(leaf, (spec.blocks, 1, *leaf.shape)).copy()
+        block[name] = jnp.broadcast_to(leaf, (spec.blocks, entries, *leaf.shape)).copy()
     return Identity(block)

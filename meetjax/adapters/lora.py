@@ -23,8 +23,8 @@ class LoraSpec:
     sites: tuple[str, ...] = sites.LINEAR
 
 
-def init_lora(config: ModelConfig, spec: LoraSpec, key: Array) -> Lora:
-    """a [L, 1, in, rank] uniform with variance 1 / (3 in), as PEFT starts it; b [L, 1, rank, out] zero; float32."""
+def init_lora(config: ModelConfig, spec: LoraSpec, key: Array, entries: int = 1) -> Lora:
+    """a [L, E, in, rank] uniform with variance 1 / (3 in), as PEFT starts it; b [L, E, rank, out] zero; float32."""
     if spec.rank < 1:
         raise MeetjaxError("lora: rank", expected=">= 1", found=spec.rank)
     fields = {}
@@ -32,6 +32,6 @@ def init_lora(config: ModelConfig, spec: LoraSpec, key: Array) -> Lora:
         width, out = sites.shape(config, sites.BLOCK[name])
         key, own = jax.random.split(key)
         bound = width**-0.5
-        a = jax.random.uniform(own, (config.layers, 1, width, spec.rank), jnp.float32, -bound, bound)
-        fields[name] = LoraSite(a, jnp.zeros((config.layers, 1, spec.rank, out), jnp.float32))
+        a = jax.random.uniform(own, (config.layers, entries, width, spec.rank), jnp.float32, -bound, bound)
+        fields[name] = LoraSite(a, jnp.zeros((config.layers, entries, spec.rank, out), jnp.float32))
     return Lora(**fields, scale=spec.alpha / spec.rank)

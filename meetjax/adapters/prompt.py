@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from meetjax.adapters.tree import Prompt
 from meetjax.errors import MeetjaxError
-from meetjax.models.config import ModelConfig
 from meetjax.types import Array, Params
 
 
@@ -16,16 +15,16 @@ from meetjax.types import Array, Params
 class PromptSpec:
     """length vectors, started from the embeddings of `text` repeated to length (Lester et al. 2021, arXiv 2104.08691, sec. 3.2).
 
-    A random start trains far worse, and zeros would be an empty slot.
+    A random start trains far worse, and zeros would be an empty slot. Several texts: one for each gate column.
     """
 
     length: int = 20
-    text: str = "A helpful answer:"
+    text: str | tuple[str, ...] = "A helpful answer:"
 
 
-def init_prompt(config: ModelConfig, params: Params, spec: PromptSpec, token_ids: list[int]) -> Prompt:
-    """Vectors [1, length, D] float32 from the embedding rows of `token_ids`, the tokens of `spec.text`."""
-    if spec.length < 1 or not token_ids:
+def init_prompt(params: Params, spec: PromptSpec, token_ids: list[list[int]]) -> Prompt:
+    """Vectors [E, length, D] float32 from the embedding rows of E texts' tokens."""
+    if spec.length < 1 or not all(token_ids):
         raise MeetjaxError("prompt: nothing to train", expected="length >= 1 and a text", found=f"{spec.length}, {spec.text!r}")
-    ids: Array = jnp.asarray([token_ids[i % len(token_ids)] for i in range(spec.length)])
-    return Prompt(params["embed"][ids].astype(jnp.float32)[None])
+    ids: Array = jnp.asarray([[own[i % len(own)] for i in range(spec.length)] for own in token_ids])
+    return Prompt(params["embed"][ids].astype(jnp.float32))

@@ -24,7 +24,7 @@ def convert(records: Sequence[Record], form: Form, *, threshold: float | None = 
     forms = {FORM_OF[type(record)] for record in records}
     if len(forms) != 1:
         raise MeetjaxError("records", expected="records of one form", found=" and ".join(sorted(forms)) or "none")
-    (given,) = forms
+    given: Form = forms.pop()
     if given == form:
         return list(records)
     steps: dict[tuple[Form, Form], Callable[[Any], list[Any]]] = {

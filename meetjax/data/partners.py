@@ -31,7 +31,7 @@ def with_partners(rows: Rows, max_length: int, seed: int = 0) -> Rows:
         step = next(step for step in range(1, count) if names[order[(i + step) % count]] != names[n])
         partner[n] = order[(i + step) % count]
     ids, lengths, hashes = [], np.empty((count, 2), np.int32), []
-    for n, other in enumerate(partner):
+    for n, other in enumerate(partner.tolist()):
         own = answer_ids(rows, n, 0)
         borrowed = answer_ids(rows, other, 0)[rows.starts[other, 0] :][: max(max_length - len(prompts[n]), 1)]
         pair = [own, np.concatenate([prompts[n], borrowed])]

@@ -132,8 +132,9 @@ def read_records(source: str | Path, form: Form, split: str | None = None, limit
 def form_of(source: str | Path, split: str | None = None) -> Form:
     """The form that the columns of the first row tell; a completion where they tell nothing."""
     row, _ = next(iterate_rows(source, split), ({}, ""))
-    told: dict[str, Form] = {"rejected": "pair", "label": "labelled", "score": "scored"}
-    return next((form for column, form in told.items() if column in row), "completion")
+    told: tuple[tuple[str, Form], ...] = (("rejected", "pair"), ("label", "labelled"), ("score", "scored"))
+    found: list[Form] = [form for column, form in told if column in row]
+    return found[0] if found else "completion"
 
 
 def parse_pair(row: Mapping[str, Any], where: str) -> Pair | str:

@@ -70,6 +70,7 @@ def tokenize_records(
     max_length: int,
     template: Literal["auto", "chat", "none"] = "auto",
     progress: Callable[[int, int], None] | None = None,
+    markers: tuple[str, ...] = (),
 ) -> tuple[Rows, Audit]:
     """Tokenises all records with a fast tokenizer; returns the rows and the audit of what was cut and left out.
 
@@ -77,7 +78,8 @@ def tokenize_records(
     token is added, but a BOS where the tokenizer adds one itself and the text does not begin with it. Where an answer
     is longer than `max_length` tokens, the start of the prompt (after BOS) is cut by the same number of tokens for all
     answers of the record; the record is left out when that would leave no prompt token. `progress(done, total)` is called
-    after every chunk of records. Stats: `tokens` (all rows), `distinct tokens` (an equal prompt counted once a record).
+    after every chunk of records. `markers`: text between prompt and answer, not learned, by the class of labelled records; other
+    records take the only one. Stats: `tokens` (all rows), `distinct tokens` (an equal prompt counted once a record).
     Raises MeetjaxError for no records, records of two forms, a slow tokenizer, one without EOS, an unfit template, a `max_length`
     below 3, and when no record is left.
     """
@@ -95,7 +97,7 @@ def tokenize_records(
                 tally(excluded, EMPTY, record.where)
                 continue
             try:
-                rendered.append((index, record, render_prompt(tokenizer, record.prompt, template)))
+                rendered.append((index, record, render_prompt(tokenizer, record.prompt, template) + _marker(record, markers)))
             except TemplateRefusal:
                 tally(excluded, REFUSED, record.where)
         texts = [text + answer for _, record, text in rendered for answer in answers(record)]
@@ -117,6 +119,16 @@ def tokenize_records(
         rows = dataclasses.replace(rows, classes=np.array([records[n].label for n in rows.records], np.int32))
     stats = {"tokens": int(rows.lengths.sum()), "distinct tokens": distinct_tokens(rows)}
     return rows, Audit(len(rows), excluded, noted, stats)
+
+
+def _marker(record: Record, markers: tuple[str, ...]) -> str:
+    if not markers:
+        return ""
+    label = record.label if isinstance(record, Labelled) else 0 if len(markers) == 1 else -1
+    if not 0 <= label < len(markers):
+        found = f"{len(markers)} for class {label} at {record.where}" if label >= 0 else f"{len(markers)} for records without a class"
+        raise MeetjaxError("tokenize: markers", expected="one for each class, or one for records without", found=found)
+    return markers[label]
 
 
 def added_bos(tokenizer: Tokenizer) -> int | None:

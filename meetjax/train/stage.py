@@ -45,24 +45,45 @@ class Objective(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class View:
+    """Which rows a stage sees, and what it is told about their class (0 bad, 1 good).
+
+    controls: gate columns of the adapters that the stage makes, one a class of answers (MEET, Xue et al. 2023, arXiv 2310.00819);
+    0: one adapter for all rows. gates: a row's gates by its class, () for one-hot; rows without a class take the only one given.
+    keep: classes of the answers used, () for all. markers: text between prompt and answer by class, not learned (Liu et al. 2023,
+    arXiv 2302.02676).
+    """
+
+    controls: int = 0
+    gates: tuple[tuple[float, ...], ...] = ()
+    keep: tuple[int, ...] = ()
+    markers: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """trains: adapter specs, or "base" for the model's own weights; the rest stays frozen."""
 
     trains: tuple[Spec | Literal["base"], ...] = (LoraSpec(),)
     objective: Objective = Dpo()
     optim: Optim = Optim()
+    view: View = View()
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """path: a file or a hub id; held_out: prompts kept for evaluation; max_length: of prompt and one answer, in tokens.
 
+    form: of the records, told by the columns unless named; threshold, gap: how scores become labels and pairs (`data.convert`);
     buckets: padded lengths of the rows of a batch, () for the best ones; shared_prompt: lay the answers to a prompt behind one
     copy of it, which computes the same for less.
     """
 
     path: str = ""
     split: str | None = None
+    form: Literal["auto", "pair", "completion", "labelled", "scored"] = "auto"
+    threshold: float | None = None
+    gap: float = 0.0
     limit: int | None = None
     held_out: int = 100
     max_length: int = 512

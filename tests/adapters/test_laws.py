@@ -136,7 +136,7 @@ def test_prompt_from_embeddings_equals_tokens(name):
     """A soft prompt of the embeddings of some tokens is those tokens, after a leading BOS, else in front."""
     config = VARIANTS[name]
     params, words = random_params(config), [11, 12, 13]
-    bank = Bank(prompt=init_prompt(config, params, PromptSpec(length=5), words))
+    bank = Bank(prompt=init_prompt(params, PromptSpec(length=5), [words]))
     ids = [11, 12, 13, 11, 12]
     texts, kept = [], []
     for row in TOKENS:

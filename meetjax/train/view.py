@@ -1,0 +1,108 @@
+"""What a stage sees: from the recipe's data to its rows, in the form that its objective reads, with class, gates and markers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from meetjax.adapters.tree import Bank, check_gates, columns
+from meetjax.data.audit import Audit, render_table, split_rows, then
+from meetjax.data.convert import BAD, GOOD, convert
+from meetjax.data.loader import Buckets, choose_buckets
+from meetjax.data.partners import with_partners
+from meetjax.data.records import Pair, form_of, read_records
+from meetjax.data.tokenize import Rows, tokenize_records
+from meetjax.errors import MeetjaxError
+from meetjax.train.stage import Data, Stage, View
+
+
+class Split(NamedTuple):
+    """train: rows of the objective's form; held_out: pairs where the data has them, under the good class where the stage tells
+    classes apart; contrast: the same pairs under the bad class, None where it does not; records: those held out; buckets: the
+    padded lengths of all, those of the recipe or the best ones.
+    """
+
+    train: Rows
+    held_out: Rows | None
+    contrast: Rows | None
+    records: list[Any]
+    buckets: Buckets
+
+
+def read_rows(data: Data, stage: Stage, tokenizer: Any, console: Console) -> Split:
+    """Reads, splits, converts and tokenises `data` for a stage, and prints what was left out and why.
+
+    The split comes first, so that it is the same for every stage. Raises MeetjaxError for data that cannot take the form.
+    """
+    native = form_of(data.path, data.split) if data.form == "auto" else data.form
+    records, read = read_records(data.path, native, data.split, data.limit)
+    held_out: list[Any] = []
+    audits = [read]
+    if data.held_out:
+        records, held_out, split = split_rows(records, data.held_out, data.seed)
+        audits.append(split)
+    form = stage.objective.form
+    records = convert(records, form, threshold=data.threshold, gap=data.gap)
+    if stage.view.keep and form == "labelled":
+        records = [record for record in records if record.label in stage.view.keep]
+    rows, made = _tokenized(records, data, tokenizer, stage.view.markers)
+    rows = _gated(rows, stage.view)
+    if getattr(stage.objective, "partners", False):
+        rows = with_partners(rows, data.max_length, data.seed)
+    console.print(render_table(then(*audits, made), f"{data.path} ({form})"))
+    if not held_out:
+        return Split(rows, None, None, [], data.buckets or choose_buckets(rows))
+    held_out = convert(held_out, "pair", gap=data.gap) if native == "scored" else held_out
+    pairs, bad = isinstance(held_out[0], Pair), None
+    good, audit = _tokenized(held_out, data, tokenizer, stage.view.markers, GOOD if pairs else None)
+    good = _gated(good, stage.view, GOOD if pairs else None)
+    console.print(render_table(audit, "held out"))
+    if pairs and _classes_told(stage.view, rows):
+        bad = _gated(_tokenized(held_out, data, tokenizer, stage.view.markers, BAD)[0], stage.view, BAD)
+    return Split(rows, good, bad, held_out, data.buckets or choose_buckets(rows, good, *([bad] if bad else [])))
+
+
+def check_columns(bank: Bank, rows: Rows, where: str) -> None:
+    """Raises MeetjaxError when rows do not say how far they open each of several gate columns."""
+    if rows.gates is not None:
+        check_gates(bank, rows.gates, len(rows))
+    elif columns(bank) > 1:
+        expected = f"gates for {columns(bank)} columns, or controls={columns(bank)}"
+        raise MeetjaxError(f"recipe: {where}.view", expected=expected, found="none: every row would open all of them")
+
+
+def _tokenized(records: list[Any], data: Data, tokenizer: Any, markers: tuple[str, ...], label: int | None = None) -> tuple[Rows, Audit]:
+    """Rows and audit; with a label, all records stand under that class's marker."""
+    own = markers if label is None or len(markers) < 2 else (markers[label],)
+    rows, made = tokenize_records(records, tokenizer, data.max_length, data.template, markers=own)
+    return dataclasses.replace(rows, shared_prompt=data.shared_prompt), made
+
+
+def _gated(rows: Rows, view: View, label: int | None = None) -> Rows:
+    """The rows with the gates of their class, or all with those of class `label`."""
+    if not view.controls and not view.gates:
+        return rows
+    table = np.asarray(view.gates or np.eye(view.controls), np.float32)
+    if len(table) == 1:
+        classes = np.zeros(len(rows), np.int32)
+    elif label is not None:
+        classes = np.full(len(rows), label, np.int32)
+    elif rows.classes is None:
+        raise MeetjaxError("recipe: view", expected="labelled rows, or gates for one class", found=f"gates for {len(table)} classes")
+    else:
+        classes = rows.classes
+    if classes.max() >= len(table):
+        raise MeetjaxError("recipe: view", expected=f"gates for class {classes.max()}", found=f"{len(table)} classes")
+    wanted = view.keep or range(len(table))
+    if label is None and len(table) > 1 and (absent := sorted(set(wanted) - set(classes.tolist()))):
+        raise MeetjaxError(f"data: class {absent[0]}", expected="at least one row of each class that trains", found="none")
+    return dataclasses.replace(rows, gates=table[classes])
+
+
+def _classes_told(view: View, rows: Rows) -> bool:
+    """Whether training tells good from bad: both occur, and their gates or markers differ."""
+    apart = len(view.gates) > 1 or (view.controls > 1 and not view.gates) or len(view.markers) > 1
+    return apart and rows.classes is not None and {BAD, GOOD} <= set(rows.classes.tolist())
