@@ -1,6 +1,6 @@
 """The decoder: one definition for training (blocks stacked and scanned) and for decoding (blocks apart, each with its cache).
 
-The rest of the library sees `init_params`, `unstack`, `apply`, `hidden_states`, `prefill` and `decode_step`.
+The rest of the library sees `init_params`, `unstack`, `apply`, `hidden_states`, `block_states`, `prefill` and `decode_step`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from meetjax.errors import MeetjaxError
 from meetjax.models import layers, sites
 from meetjax.models.attention import Rows, make_attend, make_layout, make_step_layout, text_rows
 from meetjax.models.config import ModelConfig
@@ -36,34 +37,41 @@ def _windowed(config: ModelConfig, layer: int) -> bool:
 class Block(nn.Module):
     """One decoder block; the arithmetic is `layers.block`.
 
-    layer: what differs from layer to layer (`lora`, `edit`, `windowed`, `cache`); shared: (layout, gates), alike for all.
+    carry: the residual stream [B, T, D] and what was tapped of it so far [S + 1, B, T, D] or None; layer: what differs from layer
+    to layer (`lora`, `edit`, `windowed`, `cache`, `tap`: where in the taps this block's output goes); shared: (layout, gates).
     """
 
     config: ModelConfig
     keep: bool = False
 
     @nn.compact
-    def __call__(self, h: Float[Array, "B T D"], layer: dict[str, Any], shared: tuple) -> tuple[Array, Any]:
+    def __call__(self, carry: tuple[Array, Any], layer: dict[str, Any], shared: tuple) -> tuple[tuple[Array, Any], Any]:
+        h, taps = carry
         table = sites.block_sites(self.config)
         params = {name: self.param(name, _initializer(site), sites.shape(self.config, site)) for name, site in table.items()}
         layout, gates = shared
         attend = make_attend(layout, layer["windowed"], layer["cache"])
         h, cache = layers.block(self.config, params, layers.pin(h), layer["lora"], layer["edit"], gates, attend)
-        return layers.pin(h), cache if self.keep else None
+        h = layers.pin(h)
+        if taps is not None:
+            taps = jax.lax.dynamic_update_index_in_dim(taps, h, layer["tap"], 0)
+        return (h, taps), cache if self.keep else None
 
 
 class Decoder(nn.Module):
     """Embedding, `enter` (soft prompts, identity blocks, streams), blocks, final norm.
 
-    Returns normed hidden states [B*S, P+T, D] and, with `keep`, the keys and values of every layer.
+    Returns normed hidden states [B*S, P+T, D]; with `keep`, the keys and values of every layer; and the residual stream behind
+    each of `taps` blocks (0: in front of the first).
     """
 
     config: ModelConfig
     stacked: bool = True
     keep: bool = False
+    taps: tuple[int, ...] = ()
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B T"], enter: Callable, bank: Any, caches: Any = None) -> tuple[Array, list]:
+    def __call__(self, tokens: Int[Array, "B T"], enter: Callable, bank: Any, caches: Any = None) -> tuple[Array, list, list]:
         config = self.config
         table = sites.top_sites(config)
         top = {name: self.param(name, _initializer(site), sites.shape(config, site)) for name, site in table.items()}
@@ -71,19 +79,25 @@ class Decoder(nn.Module):
         windowed = [_windowed(config, i) for i in range(config.layers)]
         lora, edit = getattr(bank, "lora", None), getattr(bank, "edit", None)
         kept = []
+        # What no one asked for goes to a spare place behind the last: a scan has no way to keep only some of its outputs.
+        places = [self.taps.index(i + 1) if i + 1 in self.taps else len(self.taps) for i in range(config.layers)]
+        taps = jnp.zeros((len(self.taps) + 1, *h.shape), h.dtype) if self.taps else None
+        if taps is not None and 0 in self.taps:
+            taps = taps.at[self.taps.index(0)].set(h)
         if self.stacked:
             body = Block if config.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
             scanned: Any = (0, nn.broadcast)
             scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=scanned, length=config.layers)
-            layer = {"windowed": jnp.asarray(windowed), "lora": lora, "edit": edit, "cache": None}
-            h, _ = scan(config, name="blocks")(h, layer, shared)
+            layer = {"windowed": jnp.asarray(windowed), "lora": lora, "edit": edit, "cache": None, "tap": jnp.asarray(places)}
+            (h, taps), _ = scan(config, name="blocks")((h, taps), layer, shared)
         else:
             for i in range(config.layers):
                 own = jax.tree.map(lambda leaf, i=i: leaf[i], {"lora": lora, "edit": edit})
-                layer = own | {"windowed": windowed[i], "cache": None if caches is None else caches[i]}
-                h, cache = Block(config, self.keep, name=f"block_{i}")(h, layer, shared)
+                layer = own | {"windowed": windowed[i], "cache": None if caches is None else caches[i], "tap": places[i]}
+                (h, taps), cache = Block(config, self.keep, name=f"block_{i}")((h, taps), layer, shared)
                 kept.append(cache)
-        return layers.rms_norm(h, top["norm"], config.norm_eps), kept
+        tapped = [] if taps is None else [taps[s] for s in range(len(self.taps))]
+        return layers.rms_norm(h, top["norm"], config.norm_eps), kept, tapped
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
@@ -128,9 +142,12 @@ def _forward(
     dial: Array | None,
     cache: Cache | None = None,
     keep: bool = False,
-) -> tuple[Array, list, dict[str, tuple[Array, Array]]]:
-    """Normed hidden states of the text [B, T, D], streams mixed, and (with keep) all keys and values."""
+    taps: tuple[int, ...] = (),
+) -> tuple[Array, list, dict[str, tuple[Array, Array]], list]:
+    """Normed hidden states of the text [B, T, D], streams mixed; (with keep) all keys and values; what was tapped."""
     streams = make_streams(bank, gates, dial, tokens.shape[0])
+    if taps and len(streams.blocks) > 1:
+        raise MeetjaxError("taps", expected="no logit dial, which mixes behind the last block only", found=f"{len(streams.blocks)} streams")
     identity_kept: dict[str, tuple[Array, Array]] = {}
     prompt = getattr(bank, "prompt", None)
     prompt_length = 0 if prompt is None or cache is not None else prompt.vectors.shape[0] * prompt.vectors.shape[1]
@@ -164,11 +181,11 @@ def _forward(
         stream_rows = jax.tree.map(lambda leaf: repeat(leaf, streams), rows)
         return layers.pin(fan_out(entered, streams)), shared(stream_rows, streams.gates)
 
-    decoder = Decoder(config, stacked="blocks" in params, keep=keep)
+    decoder = Decoder(config, stacked="blocks" in params, keep=keep, taps=taps)
     caches = None if cache is None else cache.blocks
     made: Any = decoder.apply({"params": params}, tokens, enter, bank, caches)
-    h, kept = made
-    return mix(h[:, prompt_length:], streams), kept, identity_kept
+    h, kept, tapped = made
+    return mix(h[:, prompt_length:], streams), kept, identity_kept, [x[:, prompt_length:] for x in tapped]
 
 
 def hidden_states(
@@ -184,6 +201,32 @@ def hidden_states(
 ) -> Float[Array, "B T D"]:
     """Normed hidden states, the head's input; arguments as in `apply`."""
     return _forward(config, params, tokens, rows or text_rows(config, tokens, pad), adapters, gates, dial)[0]
+
+
+def block_states(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    taps: tuple[int, ...],
+    adapters: Any = None,
+    gates: Float[Array, "B A"] | None = None,
+    *,
+    rows: Rows | None = None,
+) -> list[Float[Array, "B T D"]]:
+    """The residual stream behind each of `taps` blocks (0: the embeddings); blocks behind the last tap are not run.
+
+    Raises MeetjaxError for a tap that is no block and for identity blocks that are dialled.
+    """
+    last = max(taps, default=0)
+    if not 1 <= last <= config.layers or min(taps) < 0:
+        raise MeetjaxError("taps", expected=f"0 to {config.layers}, one of them above 0", found=taps)
+    short = dataclasses.replace(config, layers=last)
+    cut = params | {"blocks": jax.tree.map(lambda leaf: leaf[:last], params["blocks"])}
+    bank = adapters
+    for kind in ("lora", "edit"):
+        if getattr(adapters, kind, None) is not None:
+            bank = dataclasses.replace(bank, **{kind: jax.tree.map(lambda leaf: leaf[:last], getattr(adapters, kind))})
+    return _forward(short, cut, tokens, rows or text_rows(config, tokens), bank, gates, None, taps=taps)[3]
 
 
 def apply(
@@ -215,7 +258,7 @@ def prefill(
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Runs left-padded prompts (unstacked params): the last hidden state and a cache with room for `capacity` text tokens."""
     rows = text_rows(config, tokens, pad)
-    h, blocks, identity = _forward(config, params, tokens, rows, adapters, gates, dial, keep=True)
+    h, blocks, identity, _ = _forward(config, params, tokens, rows, adapters, gates, dial, keep=True)
     room = capacity - tokens.shape[1]
     blocks, identity = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))), (blocks, identity))
     return h[:, -1], Cache(blocks, identity, jnp.int32(tokens.shape[1]), pad, rows.bos)
@@ -236,5 +279,5 @@ def decode_step(
     capacity = cache.blocks[0][0].shape[2] - prompt_length
     keys = jnp.arange(capacity, dtype=jnp.int32)[None] - cache.pad[:, None]
     rows = Rows((cache.slot - cache.pad)[:, None], keys, cache.bos)
-    h, blocks, identity = _forward(config, params, tokens[:, None], rows, adapters, gates, dial, cache, keep=True)
+    h, blocks, identity, _ = _forward(config, params, tokens[:, None], rows, adapters, gates, dial, cache, keep=True)
     return h[:, 0], dataclasses.replace(cache, blocks=blocks, identity=identity, slot=cache.slot + 1)
