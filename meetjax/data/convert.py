@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from meetjax.data.records import Completion, Form, Labelled, Message, Pair, Prompt, Record, Scored
+from meetjax.data.records import Completion, Form, Instructed, Labelled, Message, Pair, Prompt, Record, Scored
 from meetjax.errors import MeetjaxError
 
 FORM_OF: dict[type, Form] = {Pair: "pair", Completion: "completion", Labelled: "labelled", Scored: "scored"}
+Instruction = Literal["plain", "own", "other", "good", "bad"]
 BAD, GOOD = 0, 1
 """Classes of the answers of a pair."""
 
@@ -21,7 +22,7 @@ def convert(records: Sequence[Record], form: Form, *, threshold: float | None = 
     scored -> labelled (good from `threshold` on), pair (best against worst, at least `gap` apart).
     Raises MeetjaxError for records of several forms, a form that these cannot become, and when nothing is left.
     """
-    forms = {FORM_OF[type(record)] for record in records}
+    forms: set[Form] = {FORM_OF[type(record)] for record in records}
     if len(forms) != 1:
         raise MeetjaxError("records", expected="records of one form", found=" and ".join(sorted(forms)) or "none")
     given: Form = forms.pop()
@@ -104,7 +105,7 @@ def goal_conditioned(rows: Sequence[Scored], goal: Callable[[float], str], gap: 
     for own in _by_prompt(rows):
         for a, b in itertools.permutations(own, 2):
             if abs(a.score - b.score) > gap:
-                pairs.append(Pair(_asked(a.prompt, goal(a.score)), a.completion, b.completion, a.where))
+                pairs.append(Pair(with_request(a.prompt, goal(a.score)), a.completion, b.completion, a.where))
     if not pairs:
         raise MeetjaxError(
             "scored records as pairs with a goal", expected=f"a prompt whose scores are more than {gap:g} apart", found="none"
@@ -112,7 +113,24 @@ def goal_conditioned(rows: Sequence[Scored], goal: Callable[[float], str], gap: 
     return pairs
 
 
-def _asked(prompt: Prompt, request: str) -> Prompt:
+def instructed(rows: Sequence[Labelled], asked: Sequence[Instruction], instructions: Sequence[str]) -> list[Instructed]:
+    """Each answer under several instructions: none ("plain"), its own class's, the other class's, the good or the bad one.
+
+    instructions: the texts by class, bad first. Raises MeetjaxError for labels other than 0 and 1 and for other than two texts.
+    """
+    if len(instructions) != 2:
+        raise MeetjaxError("view.instructions", expected="two texts, for bad and for good answers", found=len(instructions))
+    made = []
+    for row in rows:
+        if row.label not in (BAD, GOOD):
+            raise MeetjaxError(f"{row.where}: label", expected="0 or 1, answers with an instruction of their own", found=row.label)
+        classes = {"own": row.label, "other": 1 - row.label, "good": GOOD, "bad": BAD}
+        prompts = [row.prompt if name == "plain" else with_request(row.prompt, instructions[classes[name]]) for name in asked]
+        made.append(Instructed(tuple(prompts), row.completion, row.label, row.where))
+    return made
+
+
+def with_request(prompt: Prompt, request: str) -> Prompt:
     """The prompt with the request in its system turn, before what stands there; plain text has it in front."""
     if isinstance(prompt, str):
         return f"{request}\n\n{prompt}"

@@ -79,12 +79,29 @@ class Scored:
     where: str
 
 
-Record = Pair | Completion | Labelled | Scored
+@dataclasses.dataclass(frozen=True)
+class Instructed:
+    """A labelled answer behind several prompts that ask for it differently; made by `convert.instructed`."""
+
+    prompts: tuple[Prompt, ...]
+    completion: str
+    label: int
+    where: str
+
+
+Record = Pair | Completion | Labelled | Scored | Instructed
 
 
 def answers(record: Record) -> tuple[str, ...]:
-    """The record's C answers in the order of `Batch`'s answer axis: (chosen, rejected) or (completion,)."""
-    return (record.chosen, record.rejected) if isinstance(record, Pair) else (record.completion,)
+    """The record's C answers in the order of `Batch`'s answer axis: (chosen, rejected), or (completion,) once a prompt."""
+    if isinstance(record, Pair):
+        return record.chosen, record.rejected
+    return (record.completion,) * len(prompts(record))
+
+
+def prompts(record: Record) -> tuple[Prompt, ...]:
+    """The record's prompts: one for all its answers, or one an answer."""
+    return record.prompts if isinstance(record, Instructed) else (record.prompt,)
 
 
 def read_records(source: str | Path, form: Form, split: str | None = None, limit: int | None = None) -> tuple[list[Any], Audit]:

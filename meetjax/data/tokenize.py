@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from meetjax.data.audit import Audit, Finding, require_rows, tally
-from meetjax.data.records import EMPTY, Labelled, Record, answers
+from meetjax.data.records import EMPTY, Instructed, Labelled, Record, answers, prompts
 from meetjax.data.template import TemplateRefusal, check_template, render_prompt
 from meetjax.errors import MeetjaxError
 from meetjax.types import Tokenizer
@@ -24,6 +24,7 @@ TOO_LONG = "an answer does not fit within max_length"
 CUT = "start of the prompt cut"
 STRADDLED = "a token spans prompt and answer"
 UNEQUAL = "the two prompts differ in tokens"
+DEPENDS = "the answer's tokens depend on the instruction"
 SPELLED = "an answer spells a special token"
 
 
@@ -97,14 +98,15 @@ def tokenize_records(
                 tally(excluded, EMPTY, record.where)
                 continue
             try:
-                rendered.append((index, record, render_prompt(tokenizer, record.prompt, template) + _marker(record, markers)))
+                texts = [render_prompt(tokenizer, prompt, template) + _marker(record, markers) for prompt in prompts(record)]
+                rendered.append((index, record, texts if len(texts) > 1 else texts * len(answers(record))))
             except TemplateRefusal:
                 tally(excluded, REFUSED, record.where)
-        texts = [text + answer for _, record, text in rendered for answer in answers(record)]
-        encoded = iter(_encode(tokenizer, texts))
-        for index, record, text in rendered:
-            sides = [_ids_and_start(next(encoded), len(text), bos, tokenizer.eos_token_id) for _ in answers(record)]
-            row, reason, remarks = _fit(sides, tokenizer.bos_token_id, special, max_length)
+        whole = [text + answer for _, record, texts in rendered for text, answer in zip(texts, answers(record), strict=True)]
+        encoded = iter(_encode(tokenizer, whole))
+        for index, record, texts in rendered:
+            sides = [_ids_and_start(next(encoded), len(text), bos, tokenizer.eos_token_id) for text in texts]
+            row, reason, remarks = _fit(sides, tokenizer.bos_token_id, special, max_length, isinstance(record, Instructed))
             for remark in remarks:
                 tally(noted, remark, record.where)
             if row is None:
@@ -115,8 +117,9 @@ def tokenize_records(
             progress(first + len(chunk), len(records))
     require_rows(Audit(len(kept), excluded), "tokenised records")
     rows = _flat(kept)
-    if isinstance(records[0], Labelled):
-        rows = dataclasses.replace(rows, classes=np.array([records[n].label for n in rows.records], np.int32))
+    if isinstance(records[0], Labelled | Instructed):
+        labels = np.array([records[n].label for n in rows.records], np.int32)
+        rows = dataclasses.replace(rows, classes=labels)
     stats = {"tokens": int(rows.lengths.sum()), "distinct tokens": distinct_tokens(rows)}
     return rows, Audit(len(rows), excluded, noted, stats)
 
@@ -124,7 +127,7 @@ def tokenize_records(
 def _marker(record: Record, markers: tuple[str, ...]) -> str:
     if not markers:
         return ""
-    label = record.label if isinstance(record, Labelled) else 0 if len(markers) == 1 else -1
+    label = record.label if isinstance(record, Labelled | Instructed) else 0 if len(markers) == 1 else -1
     if not 0 <= label < len(markers):
         found = f"{len(markers)} for class {label} at {record.where}" if label >= 0 else f"{len(markers)} for records without a class"
         raise MeetjaxError("tokenize: markers", expected="one for each class, or one for records without", found=found)
@@ -184,7 +187,7 @@ def _ids_and_start(encoding: Any, boundary: int, bos: int | None, eos: int) -> t
 
 
 def _fit(
-    sides: list[tuple[np.ndarray, int, bool]], bos: int | None, special: set[int], max_length: int
+    sides: list[tuple[np.ndarray, int, bool]], bos: int | None, special: set[int], max_length: int, instructed: bool
 ) -> tuple[tuple[list[np.ndarray], list[int]] | None, str, list[str]]:
     """(ids and starts cut to `max_length` or None, reason for None, remarks on a kept row)."""
     ids, starts = [side[0] for side in sides], [side[1] for side in sides]
@@ -196,14 +199,17 @@ def _fit(
     over = max(len(tokens) for tokens in ids) - max_length
     if over > 0:
         front = int(all(tokens[0] == bos for tokens in ids))  # whether the tokenizer or the template put it there
-        if min(starts) - over < front + 1:
+        if instructed or min(starts) - over < front + 1:  # the start of an instructed prompt is the instruction
             return None, TOO_LONG, []
         ids = [np.concatenate([tokens[:front], tokens[front + over :]]) for tokens in ids]
         starts = [start - over for start in starts]
         remarks.append(CUT)
     if any(side[2] for side in sides):
         remarks.append(STRADDLED)
-    if _common(ids, starts) < max(starts):
+    if instructed:
+        if len({tokens[start:].tobytes() for tokens, start in zip(ids, starts, strict=True)}) > 1:
+            return None, DEPENDS, []
+    elif _common(ids, starts) < max(starts):
         remarks.append(UNEQUAL)
     if not all(special.isdisjoint(tokens[start:-1].tolist()) for tokens, start in zip(ids, starts, strict=True)):
         remarks.append(SPELLED)

@@ -50,7 +50,8 @@ class View:
 
     controls: gate columns of the adapters that the stage makes, one a class of answers (MEET, Xue et al. 2023, arXiv 2310.00819);
     0: one adapter for all rows. gates: a row's gates by its class, () for one-hot; rows without a class take the only one given.
-    keep: classes of the answers used, () for all. markers: text between prompt and answer by class, not learned (Liu et al. 2023,
+    keep: classes of the answers used, () for all. instructions: texts by class, bad first, for objectives that ask for an answer
+    in several ways (`asks`). markers: text between prompt and answer by class, not learned (Liu et al. 2023,
     arXiv 2302.02676).
     """
 
@@ -58,6 +59,7 @@ class View:
     gates: tuple[tuple[float, ...], ...] = ()
     keep: tuple[int, ...] = ()
     markers: tuple[str, ...] = ()
+    instructions: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

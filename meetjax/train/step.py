@@ -17,6 +17,7 @@ from jaxtyping import Int
 from meetjax.adapters.tree import KINDS, Bank
 from meetjax.errors import MeetjaxError
 from meetjax.models.config import ModelConfig
+from meetjax.models.decoder import block_states
 from meetjax.objectives.logps import answer_logps
 from meetjax.train.stage import Optim, Stage
 from meetjax.types import Array, Batch, Params
@@ -25,10 +26,14 @@ from meetjax.types import Array, Batch, Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """One side of the partition: base parameters and adapters, None where the other side has them."""
+    """One side of the partition: base parameters and adapters, None where the other side has them.
+
+    teacher: a bank of its own for objectives that match a teacher's hidden states (never trained).
+    """
 
     params: Params | None = None
     adapters: Bank | None = None
+    teacher: Bank | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -101,6 +106,9 @@ def make_loss(config: ModelConfig, objective: Any) -> Callable[..., tuple[Array,
 
     def loss(trainable: Parts, frozen: Parts, batch: Batch, pooled: Array | None = None) -> tuple[Array, tuple[Array, dict]]:
         params, adapters = join(trainable, frozen)
+        if hasattr(objective, "of_states"):
+            total, count, metrics = objective.of_states(*_lookers(config, params, adapters, frozen, batch), batch)
+            return total, (count, metrics)
         logps = answer_logps(config, params, adapters, batch)
         if hasattr(objective, "pool"):
             total, count, metrics = objective(logps, batch, _mean(*objective.pool(logps, batch)) if pooled is None else pooled)
@@ -109,6 +117,22 @@ def make_loss(config: ModelConfig, objective: Any) -> Callable[..., tuple[Array,
         return total, (count, metrics)
 
     return loss
+
+
+def _lookers(config: ModelConfig, params: Params, adapters: Bank, frozen: Parts, batch: Batch) -> tuple[Callable, Callable]:
+    """(student, teacher) of `Rahf.of_states`: states of the rows of one prompt, under all adapters or under the teacher's bank."""
+
+    def states(prompt: int, taps: tuple[int, ...], bank: Bank | None, gates: Array | None) -> Array:
+        return jnp.stack(block_states(config, params, batch.tokens[:, prompt], taps, bank, gates))
+
+    def student(prompt: int, taps: tuple[int, ...]) -> Array:
+        return states(prompt, taps, adapters, batch.gates)
+
+    def teacher(prompt: int, gates: tuple[float, ...], taps: tuple[int, ...]) -> Array:
+        rows = jnp.tile(jnp.asarray(gates, jnp.float32), (batch.tokens.shape[0], 1)) if gates else None
+        return jax.lax.stop_gradient(states(prompt, taps, frozen.teacher if gates else frozen.adapters, rows))
+
+    return student, teacher
 
 
 def _mean(total: Array, weight: Array) -> Array:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from meetjax.adapters.tree import Bank, check_gates, columns
 from meetjax.data.audit import Audit, render_table, split_rows, then
-from meetjax.data.convert import BAD, GOOD, convert
+from meetjax.data.convert import BAD, GOOD, convert, instructed
 from meetjax.data.loader import Buckets, choose_buckets
 from meetjax.data.partners import with_partners
 from meetjax.data.records import Pair, form_of, read_records
@@ -48,7 +48,11 @@ def read_rows(data: Data, stage: Stage, tokenizer: Any, console: Console) -> Spl
     records = convert(records, form, threshold=data.threshold, gap=data.gap)
     if stage.view.keep and form == "labelled":
         records = [record for record in records if record.label in stage.view.keep]
+    if asks := getattr(stage.objective, "asks", ()):
+        records = instructed(records, asks, stage.view.instructions)
     rows, made = _tokenized(records, data, tokenizer, stage.view.markers)
+    if asks:  # prompts that differ from their first tokens on
+        rows = dataclasses.replace(rows, shared_prompt=False)
     rows = _gated(rows, stage.view)
     if getattr(stage.objective, "partners", False):
         rows = with_partners(rows, data.max_length, data.seed)
