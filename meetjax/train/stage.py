@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin
 from meetjax.adapters.bank import KIND_OF, Spec
 from meetjax.adapters.lora import LoraSpec
 from meetjax.errors import MeetjaxError
+from meetjax.objectives.bounds import bounds_of
 from meetjax.objectives.preference import Dpo
+from meetjax.objectives.table import OBJECTIVES
 from meetjax.types import Array, Batch
 
 
@@ -33,9 +35,10 @@ class Objective(Protocol):
     """What `Dpo` and `Sft` are and a new loss has to be: a frozen dataclass called as objective(logps [B, C], batch).
 
     It returns (summed loss, normaliser, summed metrics with their normalisers). form: the records it reads, "pair",
-    "completion" or "labelled"; needs_reference: whether it reads `batch.ref_logps`. An objective with a number that belongs to the
-    whole batch and not to a micro-batch (KTO's z0) has a method pool(logps, batch) -> (sum, weight) and is called as
-    objective(logps, batch, pooled), where pooled is sum / weight over the whole batch, without a gradient.
+    "completion" or "labelled"; needs_reference: whether it reads `batch.ref_logps`. A labelled one also says `partners`: whether
+    each prompt has a second answer, one to another prompt. An objective with numbers that belong to the whole batch and not to a
+    micro-batch (KTO's z0) has a method pool(logps, batch) -> (sum, weight) and is called as objective(logps, batch, pooled), where
+    pooled is sum / weight over the whole batch, without a gradient. Fields made by `objectives.bounds` are checked with the recipe.
     """
 
     form: ClassVar[Any]  # Any, because a class variable is mutable and so admits no narrower type in an implementation
@@ -154,8 +157,7 @@ def check_recipe(recipe: Recipe) -> None:
             (f"{where}.b1", optim.b1, 0 <= optim.b1 < 1, "at least 0 and less than 1"),
             (f"{where}.b2", optim.b2, 0 <= optim.b2 < 1, "at least 0 and less than 1"),
         ]
-        if isinstance(stage.objective, Dpo):
-            bounds.append((f"stages.{i}.objective.beta", stage.objective.beta, stage.objective.beta > 0, "> 0"))
+        bounds += [(f"stages.{i}.objective.{name}", value, ok, told) for name, value, ok, told in bounds_of(stage.objective)]
     for field, value, ok, expected in bounds:
         if not ok:
             raise MeetjaxError(f"recipe: {field}", expected=expected, found=value)
@@ -183,6 +185,8 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 def override(recipe: Recipe, assignments: list[str]) -> Recipe:
     """Applies `field.path=value` settings; tuples are indexed (`stages.0.optim.learning_rate=1e-3`) or given whole (`a,b`).
 
+    An objective is set by its name in `OBJECTIVES`, with its defaults, and its fields after that (`stages.0.objective.beta=0.5`).
+
     Raises MeetjaxError for an unknown field, listing those that exist, or a value that is not of the field's type.
     """
     for assignment in assignments:
@@ -197,7 +201,8 @@ def _replaced(node: Any, hint: Any, path: list[str], text: str, whole: str) -> A
     if not path:
         value = _parsed(hint, text)
         if value is UNREADABLE:
-            raise MeetjaxError(f"--set {whole}: value", expected=_told(hint), found=repr(text))
+            expected = " or ".join(OBJECTIVES) if hint is Objective else _told(hint)
+            raise MeetjaxError(f"--set {whole}: value", expected=expected, found=repr(text))
         return value
     head, rest = path[0], path[1:]
     if isinstance(node, tuple):
@@ -230,6 +235,8 @@ def _parsed(hint: Any, text: str) -> Any:
         return UNREADABLE if len(hints) != len(texts) or any(item is UNREADABLE for item in items) else tuple(items)
     if hint is str:
         return text
+    if hint is Objective:
+        return OBJECTIVES[text]() if text in OBJECTIVES else UNREADABLE
     if hint is NoneType:
         return None if text.lower() == "none" else UNREADABLE
     if hint is bool:

@@ -146,7 +146,7 @@ def _pool(config: ModelConfig, objective: Any, trainable: Parts, frozen: Parts, 
         return objective.pool(answer_logps(config, *join(trainable, frozen), part), part)
 
     total, weight = jax.lax.map(one, parts)
-    return _mean(jnp.sum(total), jnp.sum(weight))
+    return _mean(jnp.sum(total, axis=0), jnp.sum(weight, axis=0))
 
 
 def make_gradient(config: ModelConfig, objective: Any, microbatches: int = 1) -> Callable[[Parts, Parts, Batch], tuple[Parts, dict]]:

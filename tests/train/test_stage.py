@@ -12,8 +12,11 @@ import pytest
 from meetjax.adapters.edit import EditSpec
 from meetjax.adapters.lora import LoraSpec
 from meetjax.errors import MeetjaxError
-from meetjax.objectives.preference import Dpo
+from meetjax.objectives.bounds import bounds_of
+from meetjax.objectives.kto import Kto
+from meetjax.objectives.preference import Dpo, Ipo
 from meetjax.objectives.sft import Sft
+from meetjax.objectives.table import OBJECTIVES
 from meetjax.train.stage import Data, Optim, Recipe, Stage, Train, check_recipe, override, resolved
 
 RECIPE = Recipe("r", data=Data(path="p.jsonl"), stages=(Stage((LoraSpec(), EditSpec())), Stage(("base",), Sft())))
@@ -38,6 +41,8 @@ SET = {  # setting -> (path to the value, value)
     "stages.0.optim.clip=2": (("stages", 0, "optim", "clip"), 2.0),
     "stages.0.optim.schedule=linear": (("stages", 0, "optim", "schedule"), "linear"),
     "stages.0.objective.beta=0.5": (("stages", 0, "objective", "beta"), 0.5),
+    "stages.0.objective=ipo": (("stages", 0, "objective"), Ipo()),
+    "stages.1.objective=kto": (("stages", 1, "objective"), Kto()),
     "stages.0.trains.0.rank=4": (("stages", 0, "trains", 0, "rank"), 4),
     "stages.0.trains.1.sites=q,down": (("stages", 0, "trains", 1, "sites"), ("q", "down")),
     "stages.0.trains=base": (("stages", 0, "trains"), ("base",)),
@@ -61,7 +66,8 @@ REFUSED = {  # setting -> what the message says
     "stages.0.optim.schedule=step": "--set stages.0.optim.schedule: value; expected cosine or linear or constant; found 'step'",
     "stages.0.optim.learning_rate=nan": "value; expected a finite number; found 'nan'",
     "stages.0.optim.learning_rate=inf": "value; expected a finite number; found 'inf'",
-    "stages.0.objective=sft": "value; expected an Objective; found 'sft'",
+    "stages.0.objective=ppo": "objective: value; expected sft or conditional_sft or dpo or cdpo or robust_dpo or dpo_norm or",
+    "stages.0.objective.gamma=1": "field gamma; expected one of beta; found gamma",
     "stages.0.trains.0=lora": "value; expected a PromptSpec or a LoraSpec or an EditSpec or an IdentitySpec or base; found 'lora'",
     "stages.1.trains.0.rank=3": "field rank; expected one of no further field; found rank",
     "stages.2.optim.clip=3": "--set stages.2.optim.clip: index 2; expected 0 to 1; found 2",
@@ -166,6 +172,30 @@ def test_check_recipe_reads_types(recipe, told):
     with pytest.raises(MeetjaxError) as caught:
         check_recipe(recipe)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_checks_its_numbers(name):
+    """Each float below its bound is refused by its path; at its default all pass, and each objective says what it reads."""
+    recipe = override(RECIPE, [f"stages.0.objective={name}"])
+    check_recipe(recipe)
+    objective = recipe.stages[0].objective
+    assert objective == OBJECTIVES[name]()
+    assert objective.form in ("pair", "completion", "labelled")
+    assert (objective.form == "labelled") == hasattr(objective, "partners")
+    numbers = [field.name for field in dataclasses.fields(objective) if field.type in ("int", "float")]
+    assert numbers == [bound[0] for bound in bounds_of(objective)]
+    for field in numbers:
+        with pytest.raises(MeetjaxError, match=rf"^recipe: stages\.0\.objective\.{field}; expected .*; found -1"):
+            check_recipe(override(recipe, [f"stages.0.objective.{field}=-1"]))
+
+
+@pytest.mark.parametrize("name", ["cdpo", "robust_dpo"])
+def test_half_the_pairs_swapped_is_refused(name):
+    recipe = override(RECIPE, [f"stages.0.objective={name}", "stages.0.objective.epsilon=0.5"])
+    with pytest.raises(MeetjaxError, match=r"epsilon; expected at least 0 and less than 0\.5; found 0\.5"):
+        check_recipe(recipe)
+    check_recipe(override(recipe, ["stages.0.objective.epsilon=0"]))
 
 
 def test_an_objective_of_ones_own_passes():
