@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from meetjax.objectives.bounds import bounded, not_negative
 from meetjax.objectives.preference import preferred
 from meetjax.types import Array, Batch
 
@@ -35,7 +36,7 @@ def contrastive_instruction_loss(
 class Scit:
     """Contrastive instruction tuning: each answer under its own class's instruction and under the other one."""
 
-    epsilon: float = 0.2
+    epsilon: float = bounded(0.2, lambda value: 0 <= value < 1, "at least 0 and less than 1")
     mean: bool = True
     form: ClassVar[str] = "labelled"
     asks: ClassVar[tuple[str, ...]] = ("own", "other")
@@ -79,14 +80,15 @@ class Rahf:
     """
 
     taps: tuple[int, ...] = (10, 12, 14, 16, 18)
-    alpha: float = 5.0
+    alpha: float = not_negative(5.0)
     loss: Literal["l2norm", "mse"] = "l2norm"
     asks: tuple[str, ...] = ("plain", "good", "bad")
     looks: tuple[tuple[int, tuple[float, ...]], ...] = ((0, ()), (1, ()), (2, ()))
     form: ClassVar[str] = "labelled"
     needs_reference: ClassVar[bool] = False
+    reads_states: ClassVar[bool] = True
 
-    def of_states(self, student: Callable, teacher: Callable, batch: Batch) -> tuple[Array, Array, dict[str, tuple[Array, Array]]]:
+    def __call__(self, student: Callable, teacher: Callable, batch: Batch) -> tuple[Array, Array, dict[str, tuple[Array, Array]]]:
         """(summed loss, normaliser, summed metrics) from states [S, B, T, D] behind the taps.
 
         student(prompt, taps) and teacher(prompt, gates, taps) run the rows of one of the batch's prompts.

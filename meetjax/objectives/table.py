@@ -7,6 +7,7 @@ from typing import Any
 from meetjax.objectives.kto import ApoZeroUnpaired, Kto
 from meetjax.objectives.preference import ApoDown, ApoZero, Cdpo, Dpo, Hinge, Ipo, NormalizedDpo, RobustDpo
 from meetjax.objectives.reference_free import Cpo, Orpo, Simpo
+from meetjax.objectives.representation import Rahf, Scit
 from meetjax.objectives.sft import ConditionalSft, Sft
 
 OBJECTIVES: dict[str, type[Any]] = {
@@ -25,4 +26,6 @@ OBJECTIVES: dict[str, type[Any]] = {
     "cpo": Cpo,
     "kto": Kto,
     "apo_zero_unpaired": ApoZeroUnpaired,
+    "scit": Scit,
+    "rahf": Rahf,
 }

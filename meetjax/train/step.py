@@ -106,7 +106,7 @@ def make_loss(config: ModelConfig, objective: Any) -> Callable[..., tuple[Array,
 
     def loss(trainable: Parts, frozen: Parts, batch: Batch, pooled: Array | None = None) -> tuple[Array, tuple[Array, dict]]:
         params, adapters = join(trainable, frozen)
-        if hasattr(objective, "of_states"):
+        if getattr(objective, "reads_states", False):
             total, count, metrics = objective.of_states(*_lookers(config, params, adapters, frozen, batch), batch)
             return total, (count, metrics)
         logps = answer_logps(config, params, adapters, batch)
@@ -120,7 +120,7 @@ def make_loss(config: ModelConfig, objective: Any) -> Callable[..., tuple[Array,
 
 
 def _lookers(config: ModelConfig, params: Params, adapters: Bank, frozen: Parts, batch: Batch) -> tuple[Callable, Callable]:
-    """(student, teacher) of `Rahf.of_states`: states of the rows of one prompt, under all adapters or under the teacher's bank."""
+    """(student, teacher) for `Rahf`: states of the rows of one prompt, under all adapters or under the teacher's bank."""
 
     def states(prompt: int, taps: tuple[int, ...], bank: Bank | None, gates: Array | None) -> Array:
         return jnp.stack(block_states(config, params, batch.tokens[:, prompt], taps, bank, gates))
