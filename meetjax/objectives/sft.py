@@ -36,8 +36,8 @@ class Sft:
 class ConditionalSft:
     """Likelihood of labelled answers, each under the control of its own class, and what it is of each class.
 
-    The mean over answer tokens, as in `Sft`. per_class: L = (1 / P) sum_k NLL_k / n_k over the P classes k that the batch holds, each
-    with its own n_k answer tokens, so that a rare class counts as much as a common one. `batch.classes` are 0 to `classes` - 1.
+    The mean over answer tokens, as in `Sft`. per_class: L = sum_k NLL_k / n_k over the classes k that the batch holds, each with its
+    own n_k answer tokens: to the control of a class that is a run on its own class alone. `batch.classes` are 0 to `classes` - 1.
 
     What is pooled over the whole batch is each class's share of its tokens, which makes a token's weight known before its loss is.
     """
@@ -67,6 +67,4 @@ class ConditionalSft:
         metrics = {f"nll/{name}": (jax.lax.stop_gradient(sums[k]), counts[k]) for k, name in enumerate(names)}
         if not self.per_class:
             return jnp.sum(sums), count, metrics
-        present = (shares > 0).astype(jnp.float32)
-        scale = present / jnp.maximum(jnp.sum(present) * shares, jnp.finfo(jnp.float32).tiny)
-        return jnp.sum(sums * scale), count, metrics
+        return jnp.sum(jnp.where(shares > 0, sums / jnp.maximum(shares, jnp.finfo(jnp.float32).tiny), 0.0)), count, metrics

@@ -22,10 +22,11 @@ from meetjax.errors import MeetjaxError
 from meetjax.models.config import ModelConfig
 from meetjax.train.checkpoint import Checkpoints
 from meetjax.train.metrics import MetricsLog
+from meetjax.train.optim import make_optimizer
 from meetjax.train.reference import Reference
 from meetjax.train.sharding import put_batch, replicated
 from meetjax.train.stage import Stage, Train
-from meetjax.train.step import Parts, init_state, join, make_optimizer, make_step, partition
+from meetjax.train.step import Parts, init_state, join, make_step, partition
 from meetjax.types import Batch, Params
 
 

@@ -19,7 +19,7 @@ from meetjax.types import Array, Batch
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """AdamW; `warmup` is a fraction of the stage's steps, `clip` the global norm of the trainable gradient (0: none)."""
+    """AdamW; `warmup` is a fraction of the stage's steps, `clip` the norm of each gate column's gradient and of the base's (0: none)."""
 
     learning_rate: float = 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

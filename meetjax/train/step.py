@@ -19,7 +19,7 @@ from meetjax.errors import MeetjaxError
 from meetjax.models.config import ModelConfig
 from meetjax.models.decoder import block_states
 from meetjax.objectives.logps import answer_logps
-from meetjax.train.stage import Optim, Stage
+from meetjax.train.stage import Stage
 from meetjax.types import Array, Batch, Params
 
 
@@ -66,34 +66,6 @@ def join(trainable: Parts, frozen: Parts) -> tuple[Params, Bank]:
     params = frozen.params if trainable.params is None else trainable.params
     assert params is not None, "one side of a partition has the base"
     return params, adapters
-
-
-def make_optimizer(optim: Optim, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW under the schedule."""
-    warmup = round(optim.warmup * steps)
-    rate, rest = optim.learning_rate, max(steps - warmup, 1)
-    after = {
-        "cosine": lambda: optax.cosine_decay_schedule(rate, rest),
-        "linear": lambda: optax.linear_schedule(rate, 0.0, rest),
-        "constant": lambda: optax.constant_schedule(rate),
-    }[optim.schedule]()
-    # The warm-up ends at the peak and starts above zero: a step of rate 0 would be wasted.
-    schedule = optax.join_schedules([lambda count: rate * (count + 1) / (warmup + 1), after], [warmup])
-    adamw = optax.inject_hyperparams(optax.adamw, static_args=("b1", "b2", "weight_decay"))(
-        learning_rate=schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay
-    )
-    tx = optax.chain(optax.clip_by_global_norm(optim.clip), adamw) if optim.clip else adamw
-    return optax.GradientTransformation(_promoting(tx.init), _promoting(tx.update))
-
-
-def _promoting(function: Callable) -> Callable:
-    """Optax mixes counts and rates; it must run also where a program asks for the strict promotion that this library keeps to."""
-
-    def run(*arguments: Any) -> Any:
-        with jax.numpy_dtype_promotion("standard"):
-            return function(*arguments)
-
-    return run
 
 
 def init_state(trainable: Any, tx: optax.GradientTransformation) -> State:

@@ -16,8 +16,9 @@ from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.tree import Bank
 from meetjax.models.decoder import block_states
 from meetjax.objectives.representation import Rahf, Scit, contrastive_instruction_loss, length, representation_loss
+from meetjax.train.optim import make_optimizer
 from meetjax.train.stage import Optim, Stage
-from meetjax.train.step import init_state, make_gradient, make_optimizer, make_step, partition
+from meetjax.train.step import init_state, make_gradient, make_step, partition
 from meetjax.types import Batch
 from tests.conftest import QUICK, TINY, assert_close, assert_trees_close, random_bank, random_params
 

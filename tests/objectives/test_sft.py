@@ -65,13 +65,13 @@ def test_conditional_sft_is_sft_and_logs_each_class():
 
 
 def test_each_class_has_its_own_normaliser_when_asked():
-    """The mean of 36 / 11 and 1 / 1, and the gradient -1 / (2 n_k) of every answer of class k."""
+    """The sum of 36 / 11 and 1 / 1, and the gradient -1 / n_k of every answer of class k, as if the class were alone."""
     objective, batch = ConditionalSft(per_class=True), labelled()
     loss, _ = outcome(objective, batch)
-    np.testing.assert_allclose(loss, (36 / 11 + 1) / 2, rtol=1e-6)
+    np.testing.assert_allclose(loss, 36 / 11 + 1, rtol=1e-6)
     shares = jnp.array([1 / 12, 11 / 12])
     pulls = jax.grad(lambda s: objective(s, batch, shares)[0] / 12)(jnp.asarray(LOGPS))
-    np.testing.assert_allclose(pulls, [[-1 / 22], [-1 / 2], [-1 / 22]], rtol=1e-5)
+    np.testing.assert_allclose(pulls, [[-1 / 11], [-1], [-1 / 11]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("per_class", [False, True])
@@ -87,14 +87,14 @@ def test_an_absent_class_gives_no_nan(per_class, label):
 def test_filled_up_rows_are_of_no_class():
     """Without the row of 8 tokens: good 6 / 3, bad 1 / 1."""
     loss, metrics = outcome(ConditionalSft(per_class=True), labelled((1, 1, 0)))
-    np.testing.assert_allclose(loss, (2 + 1) / 2, rtol=1e-6)
+    np.testing.assert_allclose(loss, 2 + 1, rtol=1e-6)
     assert metrics == {"nll/good": pytest.approx(2.0), "nll/bad": pytest.approx(1.0)}
 
 
 def test_more_classes_than_two():
-    """Scores in buckets: the mean over the two buckets that occur, of four; they are logged by number."""
+    """Scores in buckets: the sum over the two buckets that occur, of four; they are logged by number."""
     loss, metrics = outcome(ConditionalSft(per_class=True, classes=4), labelled(classes=[3, 0, 3]))
-    np.testing.assert_allclose(loss, (36 / 11 + 1) / 2, rtol=1e-6)
+    np.testing.assert_allclose(loss, 36 / 11 + 1, rtol=1e-6)
     assert metrics == {"nll/0": pytest.approx(1.0), "nll/1": 0.0, "nll/2": 0.0, "nll/3": pytest.approx(36 / 11)}
 
 
@@ -118,6 +118,6 @@ def test_microbatch_invariance(microbatches):
     split, split_metrics = gradient_of(microbatches)[1](*parts, batch)
     assert_trees_close(split, whole)
     assert metrics.keys() == split_metrics.keys() == {"loss", "nll/good", "nll/bad"}
-    np.testing.assert_allclose(metrics["loss"], (metrics["nll/good"] + metrics["nll/bad"]) / 2, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], metrics["nll/good"] + metrics["nll/bad"], rtol=1e-5)
     for name, value in metrics.items():
         np.testing.assert_allclose(split_metrics[name], value, rtol=1e-5, err_msg=name)

@@ -10,9 +10,10 @@ import pytest
 from meetjax.adapters.tree import flatten
 from meetjax.errors import MeetjaxError
 from meetjax.train.checkpoint import KEEP, Checkpoints
+from meetjax.train.optim import make_optimizer
 from meetjax.train.sharding import make_mesh, replicated
 from meetjax.train.stage import Optim
-from meetjax.train.step import init_state, make_optimizer, partition
+from meetjax.train.step import init_state, partition
 from tests.conftest import TINY, random_bank, random_params
 
 IDENTITY = {"fingerprint": "abc", "recipe": {"train": {"steps": 9}, "stages": [{"optim": {"learning_rate": 1e-3}}]}}

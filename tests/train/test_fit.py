@@ -28,10 +28,11 @@ from meetjax.errors import MeetjaxError
 from meetjax.objectives.preference import Dpo
 from meetjax.train.fit import Interrupted, fit
 from meetjax.train.metrics import read_metrics
+from meetjax.train.optim import make_optimizer
 from meetjax.train.reference import Reference
 from meetjax.train.sharding import make_mesh
 from meetjax.train.stage import Optim, Stage, Train
-from meetjax.train.step import make_optimizer, make_step
+from meetjax.train.step import make_step
 from tests.conftest import QUICK, RECIPE_STEPS, write_pairs, write_recipe
 
 LORA = LoraSpec(rank=2, sites=("q", "down"))

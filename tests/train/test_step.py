@@ -17,9 +17,10 @@ from meetjax.models.decoder import unstack
 from meetjax.objectives.logps import answer_logps
 from meetjax.objectives.preference import Dpo
 from meetjax.objectives.sft import Sft
+from meetjax.train.optim import make_optimizer
 from meetjax.train.sharding import base_shardings, make_mesh, put_batch, replicated
 from meetjax.train.stage import Optim, Stage
-from meetjax.train.step import State, init_state, join, make_gradient, make_loss, make_optimizer, make_step, partition
+from meetjax.train.step import State, init_state, join, make_gradient, make_loss, make_step, partition
 from meetjax.types import Batch
 from tests.conftest import QUICK, TINY, assert_trees_close, lay_together, random_bank, random_params
 
