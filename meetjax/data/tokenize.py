@@ -116,7 +116,7 @@ def tokenize_records(
         if progress is not None:
             progress(first + len(chunk), len(records))
     require_rows(Audit(len(kept), excluded), "tokenised records")
-    rows = _flat(kept)
+    rows = make_rows(kept)
     if isinstance(records[0], Labelled | Instructed):
         labels = np.array([records[n].label for n in rows.records], np.int32)
         rows = dataclasses.replace(rows, classes=labels)
@@ -223,7 +223,8 @@ def _common(ids: list[np.ndarray], starts: list[int]) -> int:
     return min((int(places[0]) for places in differ if len(places)), default=shortest)
 
 
-def _flat(kept: list[tuple[int, list[np.ndarray], list[int]]]) -> Rows:
+def make_rows(kept: list[tuple[int, list[np.ndarray], list[int]]]) -> Rows:
+    """Rows from (index of the record, ids of each answer behind its prompt, index of each answer's first token)."""
     starts = np.array([row[2] for row in kept], np.int32)
     lengths = np.array([[len(tokens) for tokens in row[1]] for row in kept], np.int32)
     ends = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,13 +26,13 @@ forward = partial(jax.jit, static_argnums=0)(answer_states)
 
 
 @jax.jit
-def _compare(
-    params: Params, ours: Float[Array, "M D"], theirs: Float[Array, "M D"], targets: Int[Array, " M"]
+def compare(
+    params: Params, other: Params, ours: Float[Array, "M D"], theirs: Float[Array, "M D"], targets: Int[Array, " M"]
 ) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
-    """(log-ratio of the target, KL(ours || theirs) over the vocabulary) at each position, in nats."""
+    """(log-ratio of the target, KL(ours || theirs) over the vocabulary) at each position, in nats; M a multiple of `CHUNK`."""
 
     def chunk(part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        log_p, log_q = (jax.nn.log_softmax(logits(params, h), axis=-1) for h in part[:2])
+        log_p, log_q = (jax.nn.log_softmax(logits(head, h), axis=-1) for head, h in ((params, part[0]), (other, part[1])))
         ratio = log_p - log_q
         return jnp.take_along_axis(ratio, part[2][:, None], axis=1)[:, 0], jnp.sum(jnp.exp(log_p) * ratio, axis=-1)
 
@@ -51,23 +52,30 @@ def dial_curve(
     """
     totals = {strength: np.zeros(2) for strength in strengths}
     for batch, _ in eval_batches(rows, batch_size, buckets):
-        per_prompt = batch.tokens.shape[1]
-        tokens = batch.tokens.reshape(-1, batch.tokens.shape[2])
-        owner, source = (np.asarray(places) for places in answer_places(batch))
-        row, place = np.nonzero((owner >= 0) & np.repeat(batch.weights > 0, per_prompt)[:, None])
-        first = owner[row, place] == 0 if per_prompt == 1 else row % per_prompt == 0
-        sign, spare = np.where(first, 1.0, -1.0), -len(row) % CHUNK
-
-        def positions(hidden: Array, row=row, place=source[row, place], spare=spare) -> np.ndarray:
-            return np.pad(np.asarray(hidden)[row, place], ((0, spare), (0, 0)))
-
+        answer, targets, positions = answer_positions(batch)
         base = positions(forward(config, params, None, batch))
-        targets = np.pad(tokens[row, place], (0, spare))
         for strength, ours in _dialled(config, params, bank, batch, base, positions, strengths):
-            ratio, kl = (np.asarray(x)[: len(row)] for x in _compare(params, ours, base, targets))
-            totals[strength] += ((sign * ratio).sum(), kl.sum())
+            ratio, kl = (np.asarray(x)[: len(answer)] for x in compare(params, params, ours, base, targets))
+            totals[strength] += (np.where(answer % 2 == 0, ratio, -ratio).sum(), kl.sum())
     answer_tokens = float((rows.lengths - rows.starts).sum())
     return [{"strength": s, "reward_margin": total[0] / len(rows), "kl": total[1] / answer_tokens} for s, total in totals.items()]
+
+
+def answer_positions(batch: Batch) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " M"], Callable[[Array], np.ndarray]]:
+    """(which of the batch's answers each of its m answer tokens belongs to, b C + c; their ids; what picks their hidden states).
+
+    Ids and states are filled up to M, a multiple of `CHUNK`. Prompts of weight 0 have no answers here.
+    """
+    _, per_prompt, width = batch.tokens.shape
+    owner, source = (np.asarray(places) for places in answer_places(batch))
+    row, place = np.nonzero((owner >= 0) & np.repeat(batch.weights > 0, per_prompt)[:, None])
+    spare = -len(row) % CHUNK
+    targets = np.pad(np.asarray(batch.tokens).reshape(-1, width)[row, place], (0, spare))
+
+    def positions(hidden: Array) -> np.ndarray:
+        return np.pad(np.asarray(hidden)[row, source[row, place]], ((0, spare), (0, 0)))
+
+    return row * (batch.starts.shape[1] // per_prompt) + owner[row, place], targets, positions
 
 
 def _dialled(config: ModelConfig, params: Params, bank: Bank, batch: Batch, base: np.ndarray, positions: Any, strengths: Any):

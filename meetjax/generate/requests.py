@@ -39,12 +39,16 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """text without EOS; tokens counts the new ones, EOS included; ended says whether EOS came before the limit."""
+    """text without EOS; tokens counts the new ones, EOS included; ended says whether EOS came before the limit.
+
+    ids: the new tokens; prompt: the tokens that they continue.
+    """
 
     text: str
     tokens: int
     ended: bool
     ids: tuple[int, ...]
+    prompt: tuple[int, ...]
 
 
 def generate_texts(
@@ -80,7 +84,7 @@ def generate_texts(
             ids = tuple(int(token) for token in ids[:count])
             ended = ids[-1] in model.config.eos_token_ids
             text = model.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
-            results[i] = Completion(text, len(ids), ended, ids)
+            results[i] = Completion(text, len(ids), ended, ids, tuple(encoded[i]))
         if progress is not None:
             progress(len(chosen))
     return [result for result in results if result is not None]
