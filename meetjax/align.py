@@ -1,4 +1,4 @@
-"""The main job: a recipe becomes adapters, a summary and the numbers that say whether they work."""
+"""The main job: a recipe becomes adapters or a trained model, a summary and the numbers that say whether they work."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from rich.console import Console
 
 from meetjax.adapters.bank import KIND_OF, init_bank
 from meetjax.adapters.io import save_adapters
-from meetjax.adapters.tree import KINDS, Bank, count_parameters
+from meetjax.adapters.tree import KINDS, Bank, count_parameters, kinds
 from meetjax.data.audit import Audit, render_table, split_rows, then
 from meetjax.data.loader import Buckets, choose_buckets
 from meetjax.data.records import holds_pairs, read_records
@@ -22,7 +23,9 @@ from meetjax.errors import MeetjaxError
 from meetjax.evaluate.preference import accuracy, base_logps, row_logps, shorter_accuracy
 from meetjax.evaluate.report import write_summary
 from meetjax.models.config import ModelConfig
+from meetjax.models.fingerprint import fingerprint
 from meetjax.models.load import Model, load
+from meetjax.models.save import check_writable, save_model
 from meetjax.models.sources import cache_dir
 from meetjax.train.fit import fit
 from meetjax.train.metrics import peak_rss_gb
@@ -67,17 +70,22 @@ def read_rows(data: Data, form: Literal["pair", "completion"], tokenizer: Any, c
 
 
 def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
-    """Runs every stage of a recipe, evaluates on held-out prompts and writes `out/summary.json` and `out/adapters/`.
+    """Runs every stage of a recipe, evaluates on held-out prompts and writes `out/summary.json`, `out/adapters/`, `out/model/`.
+
+    `out/adapters/` is written where a stage trains adapters, `out/model/` where one trains "base": a Hugging Face folder of the base
+    as the last such stage left it, and the base that the adapters then belong to. What a stage trains goes on to the next stages.
+
+    The reference of a stage is the base as it stood when that stage began, without adapters: the loaded model, or what earlier
+    stages made of its weights. The held-out numbers compare with the loaded model throughout. A base trains in `recipe.dtype`, as do
+    its moments in AdamW (in bfloat16 an update below 2^-9 of a weight is lost), and a tied head stays tied: its one leaf gets the
+    gradients of both uses. Two copies of the base are held meanwhile, that reference and the one that trains.
 
     A run that was interrupted goes on where its last checkpoint stands. Returns the summary. Raises MeetjaxError for a
     recipe, data, model or folder that cannot be used, and when training diverges; Interrupted after SIGTERM.
     """
     begun, console = time.monotonic(), console or Console()
     check_recipe(recipe)
-    for i, stage in enumerate(recipe.stages):
-        if "base" in stage.trains:
-            fix = "align writes adapters only; train a whole model with meetjax.train.fit.fit"
-            raise MeetjaxError(f"recipe: stages.{i}.trains", expected="adapter kinds", found="base", fix=fix)
+    trains_base = any("base" in stage.trains for stage in recipe.stages)
     out = Path(recipe.out or f"runs/{recipe.name}")
     mesh = make_mesh(recipe.train.mesh)
     console.print(f"{recipe.name}: {recipe.model} -> {out}")
@@ -86,26 +94,43 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     if recipe.data.max_length > config.max_position:
         expected = f"at most {config.max_position}, the positions of {model.name}"
         raise MeetjaxError("recipe: data.max_length", expected=expected, found=recipe.data.max_length)
-    reference = open_reference(model, config)
-    bank, held_rows, buckets = Bank(), None, ()
+    if trains_base:
+        check_writable(model.config, out / "model")  # hours before it is needed
+    forms = dict.fromkeys(stage.objective.form for stage in recipe.stages)
+    splits = {form: read_rows(recipe.data, form, model.tokenizer, console) for form in forms}
+    judged = splits[recipe.stages[-1].objective.form]
+    reference, untrained, bank = open_reference(model, config), None, Bank()
     for i, stage in enumerate(recipe.stages):
-        rows, held_rows, _, buckets = read_rows(recipe.data, stage.objective.form, model.tokenizer, console)
+        split = splits[stage.objective.form]
         bank = _with_new_kinds(bank, stage, config, model, recipe.train.seed)
-        _, bank = fit(
-            config, model.params, bank, rows, stage, recipe.train, out / f"stage-{i}",
-            buckets=buckets, mesh=mesh, identity=_identity(recipe, model, i),
+        params, bank = fit(
+            config, model.params, bank, split.train, stage, recipe.train, out / f"stage-{i}",
+            buckets=split.buckets, mesh=mesh, identity=_identity(recipe, model, i),
             reference=reference, title=f"stage {i}: {type(stage.objective).__name__.lower()}", console=console,
         )  # fmt: skip
-    save_adapters(out / "adapters", bank, base=model.name, fingerprint=model.fingerprint, recipe=resolved(recipe))
+        if "base" in stage.trains:
+            # The loaded weights are scored while they are here: a later stage holds the ones it began with and the ones it trains.
+            if untrained is None and judged.held_out is not None:
+                untrained = base_logps(reference, judged.held_out, judged.buckets)
+            # Without a file: the fingerprint samples the weights, so it need not tell what a few small steps changed.
+            model, reference = dataclasses.replace(model, params=params), Reference(config, params)
     summary: dict[str, Any] = {
         "name": recipe.name,
         "model": model.name,
-        "trained_parameters": count_parameters(bank),
+        "trained_parameters": count_parameters(bank) + (count_parameters(model.params) if trains_base else 0),
         "recipe": resolved(recipe),
     }
-    if held_rows is not None:
-        console.print(f"evaluating on {len(held_rows):,} held-out rows")
-        summary |= held_out(config, model, bank, reference, held_rows, buckets)
+    if trains_base:
+        model = dataclasses.replace(model, name=str(out / "model"), fingerprint=fingerprint(model.config, model.params))
+        console.print(f"wrote {save_model(model, out / 'model')}")
+    if kinds(bank):
+        save_adapters(out / "adapters", bank, base=model.name, fingerprint=model.fingerprint, recipe=resolved(recipe))
+    if judged.held_out is not None:
+        console.print(f"evaluating on {len(judged.held_out):,} held-out rows")
+        policy = row_logps(config, model.params, bank, judged.held_out, judged.buckets)
+        if untrained is None:
+            untrained = base_logps(reference, judged.held_out, judged.buckets)
+        summary |= held_out(untrained, policy, judged.held_out)
     summary |= {"wall_s": round(time.monotonic() - begun, 1), "peak_rss_gb": round(peak_rss_gb(), 3)}
     console.print(f"wrote {write_summary(summary, out)}")
     return summary
@@ -123,13 +148,12 @@ def open_reference(model: Model, config: ModelConfig) -> Reference:
     return Reference(config, model.params, cache_dir() / "reference.sqlite", model.fingerprint)
 
 
-def held_out(config: ModelConfig, model: Model, bank: Bank, reference: Reference, rows: Rows, buckets: Buckets) -> dict[str, Any]:
+def held_out(base: Float[np.ndarray, "N C"], policy: Float[np.ndarray, "N C"], rows: Rows) -> dict[str, Any]:
     """Implicit-reward accuracy s - s_ref over held-out pairs with its interval, beside what costs no training.
 
-    Demonstrations have no rejected answer: for them the loss in nats a token, beside the base model's.
+    base, policy: log-probabilities of the answers in nats under the loaded model and under what was made of it. Demonstrations have
+    no rejected answer: for them the loss in nats a token, beside the base model's.
     """
-    base = base_logps(reference, rows, buckets)
-    policy = row_logps(config, model.params, bank, rows, buckets)
     if policy.shape[1] == 1:
         tokens = float((rows.lengths - rows.starts).sum())
         return {"held_out_loss": -policy.sum() / tokens, "baseline_untrained_loss": -base.sum() / tokens, "held_out_n": len(rows)}
