@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import io
 import json
 import math
@@ -190,6 +191,25 @@ def test_resume_is_bit_equal(edited, recipe, tmp_path, monkeypatch, crash):
     align(recipe(tmp_path, SFT, EDIT), console=quiet())
     for file in ("model/model.safetensors", "adapters/adapters.safetensors"):
         assert (tmp_path / file).read_bytes() == (edited[0] / file).read_bytes()
+
+
+def test_two_copies_of_the_base_and_its_moments_are_held(recipe, model, tmp_path, monkeypatch):
+    """In a later stage too: the loaded weights are gone by then."""
+    shape, put_batch, counts = model.params["embed"].shape, fit_module.put_batch, []
+
+    def held():
+        gc.collect()
+        return sum(array.shape == shape and not array.is_deleted() for array in jax.live_arrays())
+
+    before = held()
+
+    def counting(*arguments):
+        counts.append(held() - before)
+        return put_batch(*arguments)
+
+    monkeypatch.setattr(fit_module, "put_batch", counting)
+    align(recipe(tmp_path, SFT, DPO), console=quiet())
+    assert [counts[0], counts[STEPS]] == [4, 4]
 
 
 def test_a_taken_model_folder_is_told_before_training(recipe, tmp_path):
