@@ -1,4 +1,4 @@
-"""The main job: a recipe becomes adapters, a summary and the numbers that say whether they work."""
+"""The main job: a recipe becomes adapters or a trained model, a summary and the numbers that say whether they work."""
 
 from __future__ import annotations
 
@@ -9,39 +9,46 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from rich.console import Console
 
 from meetjax.adapters.bank import KIND_OF, init_bank
 from meetjax.adapters.io import save_adapters
-from meetjax.adapters.tree import KINDS, Bank, count_parameters
-from meetjax.data.loader import Buckets
+from meetjax.adapters.tree import KINDS, Bank, count_parameters, kinds
 from meetjax.data.tokenize import Rows
 from meetjax.errors import MeetjaxError
 from meetjax.evaluate.preference import accuracy, base_logps, row_logps, shorter_accuracy
 from meetjax.evaluate.report import write_summary
 from meetjax.models.config import ModelConfig
+from meetjax.models.fingerprint import fingerprint
 from meetjax.models.load import Model, load
+from meetjax.models.save import check_writable, save_model
 from meetjax.models.sources import cache_dir
 from meetjax.train.fit import fit
 from meetjax.train.metrics import peak_rss_gb
 from meetjax.train.reference import Reference
 from meetjax.train.sharding import base_shardings, make_mesh
 from meetjax.train.stage import Recipe, Stage, check_recipe, resolved
-from meetjax.train.view import check_columns, read_rows
+from meetjax.train.view import Split, check_columns, read_rows
 
 
 def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
-    """Runs every stage of a recipe, evaluates on held-out prompts and writes `out/summary.json` and `out/adapters/`.
+    """Runs every stage of a recipe, evaluates on held-out prompts and writes `out/summary.json`, `out/adapters/`, `out/model/`.
+
+    `out/adapters/` is written where a stage trains adapters, `out/model/` where one trains "base": a Hugging Face folder of the base
+    as the last such stage left it, and the base that the adapters then belong to. What a stage trains goes on to the next stages.
+
+    The reference of a stage is the base as it stood when that stage began, without adapters: the loaded model, or what earlier
+    stages made of its weights. The held-out numbers compare with the loaded model throughout. A base trains in `recipe.dtype`, as do
+    its moments in AdamW (in bfloat16 an update below 2^-9 of a weight is lost), and a tied head stays tied: its one leaf gets the
+    gradients of both uses. Two copies of the base are held meanwhile, that reference and the one that trains.
 
     A run that was interrupted goes on where its last checkpoint stands. Returns the summary. Raises MeetjaxError for a
     recipe, data, model or folder that cannot be used, and when training diverges; Interrupted after SIGTERM.
     """
     begun, console = time.monotonic(), console or Console()
     check_recipe(recipe)
-    for i, stage in enumerate(recipe.stages):
-        if "base" in stage.trains:
-            fix = "align writes adapters only; train a whole model with meetjax.train.fit.fit"
-            raise MeetjaxError(f"recipe: stages.{i}.trains", expected="adapter kinds", found="base", fix=fix)
+    trains_base = any("base" in stage.trains for stage in recipe.stages)
     out = Path(recipe.out or f"runs/{recipe.name}")
     mesh = make_mesh(recipe.train.mesh)
     console.print(f"{recipe.name}: {recipe.model} -> {out}")
@@ -50,27 +57,47 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     if recipe.data.max_length > config.max_position:
         expected = f"at most {config.max_position}, the positions of {model.name}"
         raise MeetjaxError("recipe: data.max_length", expected=expected, found=recipe.data.max_length)
-    reference = open_reference(model, config)
-    bank, held_rows, contrast, buckets = Bank(), None, None, ()
+    if trains_base:
+        check_writable(model.config, out / "model")  # hours before it is needed
+    splits: dict[Any, Split] = {}
+    for stage in recipe.stages:
+        if _seen(stage) not in splits:
+            splits[_seen(stage)] = read_rows(recipe.data, stage, model.tokenizer, console)
+    judged = splits[_seen(recipe.stages[-1])]
+    reference, untrained, bank = open_reference(model, config), None, Bank()
     for i, stage in enumerate(recipe.stages):
-        rows, held_rows, contrast, _, buckets = read_rows(recipe.data, stage, model.tokenizer, console)
+        split = splits[_seen(stage)]
         bank = _with_new_kinds(bank, stage, config, model, recipe.train.seed)
-        check_columns(bank, rows, f"stages.{i}")
-        _, bank = fit(
-            config, model.params, bank, rows, stage, recipe.train, out / f"stage-{i}",
-            buckets=buckets, mesh=mesh, identity=_identity(recipe, model, i),
+        check_columns(bank, split.train, f"stages.{i}")
+        params, bank = fit(
+            config, model.params, bank, split.train, stage, recipe.train, out / f"stage-{i}",
+            buckets=split.buckets, mesh=mesh, identity=_identity(recipe, model, i),
             reference=reference, title=f"stage {i}: {type(stage.objective).__name__.lower()}", console=console,
         )  # fmt: skip
-    save_adapters(out / "adapters", bank, base=model.name, fingerprint=model.fingerprint, recipe=resolved(recipe))
+        if "base" in stage.trains:
+            # The loaded weights are scored while they are here: a later stage holds the ones it began with and the ones it trains.
+            if untrained is None and judged.held_out is not None:
+                untrained = base_logps(reference, judged.held_out, judged.buckets)
+            # Without a file: the fingerprint samples the weights, so it need not tell what a few small steps changed.
+            model, reference = dataclasses.replace(model, params=params), Reference(config, params)
     summary: dict[str, Any] = {
         "name": recipe.name,
         "model": model.name,
-        "trained_parameters": count_parameters(bank),
+        "trained_parameters": count_parameters(bank) + (count_parameters(model.params) if trains_base else 0),
         "recipe": resolved(recipe),
     }
-    if held_rows is not None:
-        console.print(f"evaluating on {len(held_rows):,} held-out rows")
-        summary |= held_out(config, model, bank, reference, held_rows, contrast, buckets)
+    if trains_base:
+        model = dataclasses.replace(model, name=str(out / "model"), fingerprint=fingerprint(model.config, model.params))
+        console.print(f"wrote {save_model(model, out / 'model')}")
+    if kinds(bank):
+        save_adapters(out / "adapters", bank, base=model.name, fingerprint=model.fingerprint, recipe=resolved(recipe))
+    if judged.held_out is not None:
+        console.print(f"evaluating on {len(judged.held_out):,} held-out rows")
+        policy = row_logps(config, model.params, bank, judged.held_out, judged.buckets)
+        if untrained is None:
+            untrained = base_logps(reference, judged.held_out, judged.buckets)
+        contrast = None if judged.contrast is None else row_logps(config, model.params, bank, judged.contrast, judged.buckets)
+        summary |= held_out(untrained, policy, judged.held_out, contrast)
     summary |= {"wall_s": round(time.monotonic() - begun, 1), "peak_rss_gb": round(peak_rss_gb(), 3)}
     console.print(f"wrote {write_summary(summary, out)}")
     return summary
@@ -89,20 +116,25 @@ def open_reference(model: Model, config: ModelConfig) -> Reference:
     return Reference(config, model.params, cache_dir() / "reference.sqlite", model.fingerprint)
 
 
+def _seen(stage: Stage) -> tuple[Any, ...]:
+    """What a stage's rows depend on."""
+    objective = stage.objective
+    return objective.form, getattr(objective, "partners", False), getattr(objective, "asks", ()), stage.view
+
+
 def held_out(
-    config: ModelConfig, model: Model, bank: Bank, reference: Reference, rows: Rows, contrast: Rows | None, buckets: Buckets
+    base: Float[np.ndarray, "N C"], policy: Float[np.ndarray, "N C"], rows: Rows, contrast: Float[np.ndarray, "N C"] | None = None
 ) -> dict[str, Any]:
     """Implicit-reward accuracy s - s_ref over held-out pairs with its interval, beside what costs no training.
 
-    A model that was told classes apart is its own reference: s under the good class less s under the bad one (`contrast`).
+    base, policy: log-probabilities of the answers in nats under the loaded model and under what was made of it. A model that was
+    told classes apart is its own reference: s under the good class (`policy`) less s under the bad one (`contrast`).
     Demonstrations have no rejected answer: for them the loss in nats a token, beside the base model's.
     """
-    base = base_logps(reference, rows, buckets)
-    policy = row_logps(config, model.params, bank, rows, buckets)
-    against = base if contrast is None else row_logps(config, model.params, bank, contrast, buckets)
     if policy.shape[1] == 1:
         tokens = float((rows.lengths - rows.starts).sum())
         return {"held_out_loss": -policy.sum() / tokens, "baseline_untrained_loss": -base.sum() / tokens, "held_out_n": len(rows)}
+    against = base if contrast is None else contrast
     margins = (policy - against)[:, 0] - (policy - against)[:, 1]
     ours = accuracy(margins)
     return {

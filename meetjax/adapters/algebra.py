@@ -13,6 +13,8 @@ from meetjax.adapters.tree import KINDS, Bank, Edit, EditSite, Identity, Lora, L
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
 from meetjax.models.config import ModelConfig
+from meetjax.models.fingerprint import fingerprint
+from meetjax.models.load import Model
 from meetjax.types import Params
 
 
@@ -104,6 +106,12 @@ def merge(config: ModelConfig, params: Params, bank: Bank, gates: Sequence[float
             biases.add(name)
         blocks[name] = weight.astype(params["blocks"][name].dtype)
     return dataclasses.replace(config, biases=tuple(sorted(biases))), params | {"blocks": blocks}
+
+
+def merge_model(model: Model, bank: Bank, gates: Sequence[float] | None = None) -> Model:
+    """`merge` for a whole model, under the identity that the merged weights have: what `save_model` writes."""
+    config, params = merge(model.config, model.params, bank, gates)
+    return dataclasses.replace(model, config=config, params=params, fingerprint=fingerprint(config, params))
 
 
 def _site_names(tree: Any) -> list[str]:

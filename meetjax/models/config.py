@@ -15,6 +15,8 @@ FAMILIES = {  # model_type -> (has a sliding window, sites with a bias)
     "mistral": (True, ()),
     "qwen2": (True, ("k", "q", "v")),
 }
+LLAMA_BIASES = {"attention_bias": ("k", "o", "q", "v"), "mlp_bias": ("down", "gate", "up")}
+"""Field of a llama's config.json -> the sites that it gives a bias, all together."""
 ROPE_SCALINGS = ("default", "linear", "llama3")
 
 
@@ -125,8 +127,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         raise MeetjaxError(f"{where}: field hidden_act", expected="silu", found=raw["hidden_act"])
     windowed, biases = FAMILIES[family]
     if family == "llama":
-        biases += ("k", "o", "q", "v") if raw.get("attention_bias") else ()
-        biases += ("down", "gate", "up") if raw.get("mlp_bias") else ()
+        biases += tuple(site for field, group in LLAMA_BIASES.items() if raw.get(field) for site in group)
     window = raw.get("sliding_window") if windowed and (family != "qwen2" or raw.get("use_sliding_window")) else None
     layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
     window_layers = None
@@ -159,6 +160,56 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         bos_token_id=raw.get("bos_token_id"),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
     )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `from_hf`: a mapping for `config.json`, in the spelling of rope that old and new transformers read.
+
+    `dtype` and `remat` say how to compute and are in no file. Raises MeetjaxError for what the format has no field for.
+    """
+    rope = config.rope_scaling
+    raw: dict[str, Any] = {
+        "architectures": [config.model_type.capitalize() + "ForCausalLM"],
+        "model_type": config.model_type,
+        "vocab_size": config.vocab,
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if rope.kind == "default" else {"rope_type": rope.kind, "factor": rope.factor},
+        "tie_word_embeddings": config.tied_head,
+        # Said also where there is none: transformers has defaults of its own for a token or a window that is left out.
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": None if not config.eos_token_ids else list(config.eos_token_ids),
+    }
+    if rope.kind == "llama3":
+        raw["rope_scaling"] |= {
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_position,
+        }
+    if config.model_type == "llama":
+        raw |= {field: set(group) <= set(config.biases) for field, group in LLAMA_BIASES.items()}
+    else:
+        raw["sliding_window"] = config.sliding_window
+    if config.model_type == "qwen2":
+        raw["use_sliding_window"] = config.sliding_window is not None
+        if config.sliding_window is not None:
+            inside = range(config.layers) if config.window_layers is None else config.window_layers
+            raw["layer_types"] = ["sliding_attention" if i in inside else "full_attention" for i in range(config.layers)]
+    read = dataclasses.replace(from_hf(raw, "config"), dtype=config.dtype, remat=config.remat)
+    for field in dataclasses.fields(config):
+        said, meant = getattr(read, field.name), getattr(config, field.name)
+        if said != meant:
+            what = f"config: a config.json of {config.model_type} cannot say {field.name}"
+            raise MeetjaxError(what, expected=said, found=meant, fix="this model cannot be written as a Hugging Face folder")
+    return raw
 
 
 def read_config(path: str | Path) -> ModelConfig:

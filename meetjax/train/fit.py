@@ -72,7 +72,8 @@ def fit(
     stop = threading.Event()
     # Leaving the block waits for the last write, so that what is said to be saved is, whatever ends the loop.
     with _sigterm_sets(stop), contextlib.closing(Checkpoints(folder / "checkpoints", identity)) as checkpoints, jax.set_mesh(mesh):
-        state = jax.jit(init_state, static_argnums=1)(trainable, tx)
+        # Donated: the state takes the copy over, and no second one stays behind.
+        state = jax.jit(init_state, static_argnums=1, donate_argnums=0)(trainable, tx)
         if (found := checkpoints.restore(state)) is not None:
             state, position = found
             batches.set_state(position)

@@ -67,7 +67,7 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """trains: adapter specs, or "base" for the model's own weights; the rest stays frozen."""
+    """trains: adapter specs, "base" for the model's own weights, or both; the rest stays frozen."""
 
     trains: tuple[Spec | Literal["base"], ...] = (LoraSpec(),)
     objective: Objective = Dpo()
