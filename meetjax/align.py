@@ -12,14 +12,15 @@ import numpy as np
 from jaxtyping import Float
 from rich.console import Console
 
+from meetjax.adapters.algebra import merge_model
 from meetjax.adapters.bank import KIND_OF, init_bank
 from meetjax.adapters.io import save_adapters
-from meetjax.adapters.tree import KINDS, Bank, count_parameters, kinds
+from meetjax.adapters.tree import KINDS, Bank, check_gates, count_parameters, kinds
 from meetjax.data.tokenize import Rows
 from meetjax.errors import MeetjaxError
+from meetjax.evaluate.drift import drift
 from meetjax.evaluate.preference import accuracy, base_logps, row_logps, shorter_accuracy
 from meetjax.evaluate.report import write_summary
-from meetjax.models.config import ModelConfig
 from meetjax.models.fingerprint import fingerprint
 from meetjax.models.load import Model, load
 from meetjax.models.save import check_writable, save_model
@@ -48,72 +49,98 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     """
     begun, console = time.monotonic(), console or Console()
     check_recipe(recipe)
-    trains_base = any("base" in stage.trains for stage in recipe.stages)
+    changes_base = any("base" in stage.trains or stage.absorb for stage in recipe.stages)
     out = Path(recipe.out or f"runs/{recipe.name}")
     mesh = make_mesh(recipe.train.mesh)
     console.print(f"{recipe.name}: {recipe.model} -> {out}")
-    model = load(recipe.model, dtype=recipe.dtype, shardings=lambda config: base_shardings(config, mesh))
-    config = dataclasses.replace(model.config, dtype=recipe.dtype, remat=recipe.remat)
-    if recipe.data.max_length > config.max_position:
-        expected = f"at most {config.max_position}, the positions of {model.name}"
+    loaded = load(recipe.model, dtype=recipe.dtype, shardings=lambda config: base_shardings(config, mesh))
+    loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, dtype=recipe.dtype, remat=recipe.remat))
+    if recipe.data.max_length > loaded.config.max_position:
+        expected = f"at most {loaded.config.max_position}, the positions of {loaded.name}"
         raise MeetjaxError("recipe: data.max_length", expected=expected, found=recipe.data.max_length)
-    if trains_base:
-        check_writable(model.config, out / "model")  # hours before it is needed
+    if changes_base:
+        check_writable(loaded.config, out / "model")  # hours before it is needed
     splits: dict[Any, Split] = {}
     for stage in recipe.stages:
         if _seen(stage) not in splits:
-            splits[_seen(stage)] = read_rows(recipe.data, stage, model.tokenizer, console)
+            splits[_seen(stage)] = read_rows(recipe.data, stage, loaded.tokenizer, console)
     judged = splits[_seen(recipe.stages[-1])]
-    reference, untrained, bank = open_reference(model, config), None, Bank()
+    model, reference, untrained, bank, teacher = loaded, open_reference(loaded), None, Bank(), None
+    if not recipe.evaluation.prompts:
+        loaded = dataclasses.replace(loaded, params={})  # nothing asks for its weights once they have changed
     for i, stage in enumerate(recipe.stages):
         split = splits[_seen(stage)]
-        bank = _with_new_kinds(bank, stage, config, model, recipe.train.seed)
+        if stage.absorb:
+            check_gates(bank, np.asarray([stage.absorb], np.float32), 1)
+            teacher = bank
+        if untrained is None and judged.held_out is not None and (stage.absorb or "base" in stage.trains):
+            untrained = base_logps(reference, judged.held_out, judged.buckets)  # while the loaded weights are here
+        if stage.absorb:
+            model, bank = merge_model(model, bank, stage.absorb), Bank()
+            reference = Reference(model.config, model.params)
+        bank = _with_new_kinds(bank, stage, model, recipe.train.seed)
         check_columns(bank, split.train, f"stages.{i}")
         params, bank = fit(
-            config, model.params, bank, split.train, stage, recipe.train, out / f"stage-{i}",
-            buckets=split.buckets, mesh=mesh, identity=_identity(recipe, model, i),
-            reference=reference, title=f"stage {i}: {type(stage.objective).__name__.lower()}", console=console,
+            model.config, model.params, bank, split.train, stage, recipe.train, out / f"stage-{i}",
+            buckets=split.buckets, mesh=mesh, identity=_identity(recipe, model, i), teacher=teacher,
+            reference=reference if stage.reference == "base" else Reference(model.config, model.params, bank),
+            title=f"stage {i}: {type(stage.objective).__name__.lower()}", console=console,
         )  # fmt: skip
         if "base" in stage.trains:
-            # The loaded weights are scored while they are here: a later stage holds the ones it began with and the ones it trains.
-            if untrained is None and judged.held_out is not None:
-                untrained = base_logps(reference, judged.held_out, judged.buckets)
             # Without a file: the fingerprint samples the weights, so it need not tell what a few small steps changed.
-            model, reference = dataclasses.replace(model, params=params), Reference(config, params)
+            model, reference = dataclasses.replace(model, params=params), Reference(model.config, params)
     summary: dict[str, Any] = {
         "name": recipe.name,
         "model": model.name,
-        "trained_parameters": count_parameters(bank) + (count_parameters(model.params) if trains_base else 0),
+        "trained_parameters": _count_trained(recipe, model, bank, teacher),
         "recipe": resolved(recipe),
     }
-    if trains_base:
+    if changes_base:
         model = dataclasses.replace(model, name=str(out / "model"), fingerprint=fingerprint(model.config, model.params))
         console.print(f"wrote {save_model(model, out / 'model')}")
     if kinds(bank):
         save_adapters(out / "adapters", bank, base=model.name, fingerprint=model.fingerprint, recipe=resolved(recipe))
     if judged.held_out is not None:
         console.print(f"evaluating on {len(judged.held_out):,} held-out rows")
-        policy = row_logps(config, model.params, bank, judged.held_out, judged.buckets)
+        policy = row_logps(model.config, model.params, bank, judged.held_out, judged.buckets)
         if untrained is None:
             untrained = base_logps(reference, judged.held_out, judged.buckets)
-        contrast = None if judged.contrast is None else row_logps(config, model.params, bank, judged.contrast, judged.buckets)
+        contrast = None if judged.contrast is None else row_logps(model.config, model.params, bank, judged.contrast, judged.buckets)
         summary |= held_out(untrained, policy, judged.held_out, contrast)
+    if recipe.evaluation.prompts:
+        summary |= _moved(recipe, model, loaded, bank, judged, console)
     summary |= {"wall_s": round(time.monotonic() - begun, 1), "peak_rss_gb": round(peak_rss_gb(), 3)}
     console.print(f"wrote {write_summary(summary, out)}")
     return summary
 
 
-def _with_new_kinds(bank: Bank, stage: Stage, config: ModelConfig, model: Model, seed: int) -> Bank:
+def _count_trained(recipe: Recipe, model: Model, bank: Bank, teacher: Bank | None) -> int:
+    """Numbers that some stage has trained: adapters, those merged into the base, and the base."""
+    base = count_parameters(model.params) if any("base" in stage.trains for stage in recipe.stages) else 0
+    return count_parameters(bank) + count_parameters(teacher) + base
+
+
+def _moved(recipe: Recipe, model: Model, loaded: Model, bank: Bank, judged: Split, console: Console) -> dict[str, Any]:
+    """Drift from the loaded model on held-out prompts, under the gates and the marker of good answers where there are such."""
+    count, rows = recipe.evaluation.prompts, judged.held_out
+    console.print(f"answering {count} held-out prompts")
+    gates = None if rows is None or rows.gates is None else tuple(rows.gates[0].tolist())
+    marker = recipe.stages[-1].view.markers[-1] if recipe.stages[-1].view.markers else ""
+    prompts = [record.prompt for record in judged.records[:count]]
+    return drift(model, loaded, bank, prompts, gates=gates, marker=marker, max_new_tokens=recipe.evaluation.max_new_tokens)
+
+
+def _with_new_kinds(bank: Bank, stage: Stage, model: Model, seed: int) -> Bank:
     """The bank with the kinds that this stage is the first to train; what an earlier stage trained is continued."""
     new = tuple(spec for spec in stage.trains if spec != "base" and getattr(bank, KIND_OF[type(spec)]) is None)
     wide = max(stage.view.controls, 1)
-    made = init_bank(config, model.params, new, model.tokenizer, jax.random.key(seed), wide) if new else Bank()
+    made = init_bank(model.config, model.params, new, model.tokenizer, jax.random.key(seed), wide) if new else Bank()
     return Bank(**{kind: getattr(bank, kind) or getattr(made, kind) for kind in KINDS})
 
 
-def open_reference(model: Model, config: ModelConfig) -> Reference:
+def open_reference(model: Model) -> Reference:
     """The scores of this base that earlier runs have left in the cache folder, and those to come."""
-    return Reference(config, model.params, cache_dir() / "reference.sqlite", model.fingerprint)
+    return Reference(model.config, model.params, file=cache_dir() / "reference.sqlite", fingerprint=model.fingerprint)
 
 
 def _seen(stage: Stage) -> tuple[Any, ...]:

@@ -82,7 +82,7 @@ def run(out: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
         curve_rows, _ = tokenize_records(records[:CURVE_PROMPTS], model.tokenizer, recipe.data.max_length)
     if held_rows is None:
         raise MeetjaxError("demo: data.held_out", expected="> 0", found=0)
-    reference = open_reference(model, model.config)
+    reference = open_reference(model)
     with timed("base model on held-out pairs"):
         base = base_logps(reference, held_rows, lengths)
     with timed("base model generates"):

@@ -27,8 +27,9 @@ from meetjax.models.load import load
 from meetjax.objectives.preference import Dpo
 from meetjax.objectives.sft import Sft
 from meetjax.train.metrics import read_metrics
+from meetjax.train.optim import make_optimizer
 from meetjax.train.stage import Data, Optim, Recipe, Stage, Train
-from meetjax.train.step import make_optimizer, make_step
+from meetjax.train.step import make_step
 from meetjax.train.view import read_rows
 from tests.conftest import QUICK, write_pairs
 

@@ -17,17 +17,16 @@ from meetjax.evaluate.intervals import bootstrap_mean
 from meetjax.generate.requests import Request, generate_texts
 from meetjax.generate.sampling import Sampling
 from meetjax.models.load import Model
-from meetjax.types import Params
 
 
 def drift(
     model: Model,
-    base: Params,
+    base: Model,
     bank: Bank | None,
     prompts: Sequence[Prompt],
     *,
     gates: tuple[float, ...] | None = None,
-    system: str | None = None,
+    marker: str = "",
     max_new_tokens: int = 128,
     batch_size: int = 50,
     seed: int = 0,
@@ -37,7 +36,8 @@ def drift(
     kl: sum over the answer's tokens of KL(model || base) over the vocabulary, in nats an answer, which estimates the divergence of
     the answers without bias, up to where they are cut at `max_new_tokens`. Intervals are 95 % bootstraps over prompts.
     """
-    requests = [Request(prompt, system, gates, sampling=Sampling(temperature=1.0), seed=seed + i) for i, prompt in enumerate(prompts)]
+    sampling = Sampling(temperature=1.0)
+    requests = [Request(prompt, gates=gates, marker=marker, sampling=sampling, seed=seed + i) for i, prompt in enumerate(prompts)]
     answers = generate_texts(model, requests, adapters=bank, max_new_tokens=max_new_tokens, batch_size=batch_size)
     rows = make_rows([(i, [np.array([*answer.prompt, *answer.ids], np.int32)], [len(answer.prompt)]) for i, answer in enumerate(answers)])
     if gates is not None:
@@ -45,8 +45,8 @@ def drift(
     moved = np.zeros(len(rows))
     for batch, chosen in eval_batches(rows, 4, choose_buckets(rows, count=3)):
         answer, targets, positions = answer_positions(batch)
-        ours, theirs = (positions(forward(model.config, *side, batch)) for side in ((model.params, bank), (base, None)))
-        _, kl = compare(model.params, base, ours, theirs, targets)
+        ours, theirs = (positions(forward(side.config, side.params, own, batch)) for side, own in ((model, bank), (base, None)))
+        _, kl = compare(model.params, base.params, ours, theirs, targets)
         np.add.at(moved, chosen[answer], np.asarray(kl)[: len(answer)])
     kl, *kl_interval = bootstrap_mean(moved.tolist(), seed)
     tokens, *tokens_interval = bootstrap_mean([answer.tokens for answer in answers], seed)

@@ -26,7 +26,8 @@ BUCKET = 32
 class Request:
     """One prompt: text (a user message where the tokenizer has a chat template) or messages.
 
-    gates: share of each bank column (None: 1 each); dial: logit dial d, z = d z_adapted + (1 - d) z_base (None: off).
+    gates: share of each bank column (None: 1 each); dial: logit dial d, z = d z_adapted + (1 - d) z_base (None: off); marker: text
+    between prompt and answer.
     """
 
     prompt: str | tuple[Message, ...]
@@ -35,6 +36,7 @@ class Request:
     dial: float | None = None
     sampling: Sampling = Sampling()
     seed: int = 0
+    marker: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ def _encode(model: Any, request: Request, template: Literal["auto", "chat", "non
     if request.system is not None:
         turns = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
         prompt = (Message("system", request.system), *turns)
-    text = render_prompt(model.tokenizer, prompt, template)
+    text = render_prompt(model.tokenizer, prompt, template) + request.marker
     ids = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
     bos = added_bos(model.tokenizer)
     if bos is not None and ids[:1] != [bos]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import signal
 import threading
@@ -50,18 +51,20 @@ def fit(
     mesh: jax.sharding.Mesh,
     identity: dict[str, Any],
     reference: Reference | None = None,
+    teacher: Bank | None = None,
     title: str = "train",
     console: Console | None = None,
 ) -> tuple[Params, Bank]:
     """Trains what `stage` names on `rows` and returns (params, bank); everything lands under `folder`.
 
     Continues from the newest checkpoint there, bit for bit. A batch is `train.batch_size` prompts. identity: what a checkpoint
-    must agree with to be resumed. Raises MeetjaxError when the loss is not finite (naming the last good checkpoint), when nothing
-    trains, when a checkpoint is of another run; Interrupted after SIGTERM.
+    must agree with to be resumed; teacher: the frozen bank of an objective that asks one. Raises MeetjaxError when the loss is not
+    finite (naming the last good checkpoint), when nothing trains, when a checkpoint is of another run; Interrupted after SIGTERM.
     """
     base = "base" in stage.trains
     named = tuple(KIND_OF[type(spec)] for spec in stage.trains if spec != "base")
     trainable, frozen = partition(params, bank, kinds=named, base=base)
+    frozen = dataclasses.replace(frozen, teacher=teacher)
     # The step reuses the buffers of its state: what trains is a copy, and what is passed in stays valid.
     trainable = jax.tree.map(jnp.copy, trainable if base else jax.device_put(trainable, replicated(mesh)))
     tx = make_optimizer(stage.optim, train.steps)

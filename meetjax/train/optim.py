@@ -32,7 +32,12 @@ def make_optimizer(optim: Optim, steps: int) -> optax.GradientTransformation:
     adamw = optax.inject_hyperparams(optax.adamw, static_args=("b1", "b2", "weight_decay"))(
         learning_rate=schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay
     )
-    tx = optax.chain(clip_by_column_norm(optim.clip), adamw) if optim.clip else adamw
+    tx = optax.chain(
+        clip_by_column_norm(optim.clip) if optim.clip else optax.identity(),
+        adamw,
+        # An update of AdamW, decay included, is proportional to its rate.
+        scale_base(optim.base_learning_rate / rate) if optim.base_learning_rate else optax.identity(),
+    )
     return optax.GradientTransformation(_promoting(tx.init), _promoting(tx.update))
 
 
@@ -46,6 +51,20 @@ def clip_by_column_norm(limit: float) -> optax.GradientTransformation:
         return clipped, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def scale_base(factor: float) -> optax.GradientTransformation:
+    """Multiplies the update of everything but adapters."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(lambda node: node if _is_bank(node) else node * factor, updates, is_leaf=_is_bank), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def learning_rate(opt_state: Any) -> Array:
+    """The rate of the step that led to this state of `make_optimizer`'s optimiser."""
+    return opt_state[1].hyperparams["learning_rate"]
 
 
 def _is_bank(node: Any) -> bool:

@@ -9,6 +9,7 @@ import hashlib
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,26 +30,29 @@ class Reference:
     another order than the run it continues, must see the same bits where a set repeats a row.
     """
 
-    def __init__(self, config: ModelConfig, params: Params, file: Path | None = None, fingerprint: str = ""):
+    def __init__(self, config: ModelConfig, params: Params, adapters: Any = None, *, file: Path | None = None, fingerprint: str = ""):
         """Kept in memory, and in `file` between runs where one is given: scores of the base with this fingerprint.
+
+        adapters: a bank that belongs to the reference, under the batch's gates; its scores are kept in memory only.
 
         A key names all that a score depends on (base, token ids, places of the answers, shapes, dtype, mesh, backend, JAX and the
         code of the forward pass), so that no entry can be stale. Raises MeetjaxError when the file cannot be used.
         """
-        self._config, self._params = config, params
+        self._model = config, params, adapters
         self._known: dict[str, Float[np.ndarray, "B C"]] = {}
         self._base = [fingerprint, repr(config), jax.default_backend(), jax.__version__, _code()]
-        self._store = None if file is None else _Store(file)
+        self._store = None if file is None or adapters is not None else _Store(file)
 
     def logps(self, batch: Batch, rows: Rows, chosen: np.ndarray, mesh: jax.sharding.Mesh | None = None) -> Float[np.ndarray, "B C"]:
         """Summed answer log-probabilities in nats under the base; a new batch costs one forward pass."""
-        layout = [str(dict(mesh.shape)) if mesh else "", str(batch.tokens.shape)]
+        gates = "" if batch.gates is None or self._model[2] is None else np.asarray(batch.gates).tobytes().hex()
+        layout = [str(dict(mesh.shape)) if mesh else "", str(batch.tokens.shape), gates]
         key = hashlib.sha256("\n".join([*self._base, *layout, *rows.hashes[chosen]]).encode()).hexdigest()
         if key not in self._known:
             found = None if self._store is None else self._store.get(key)
             if found is None:
                 placed = put_batch(batch, mesh) if mesh else batch
-                scores = np.asarray(compiled_answer_logps(self._config, self._params, None, placed))
+                scores = np.asarray(compiled_answer_logps(*self._model, placed))
                 if self._store is not None:
                     self._store.put(key, scores)
             else:

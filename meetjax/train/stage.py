@@ -19,13 +19,17 @@ from meetjax.types import Array, Batch
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """AdamW; `warmup` is a fraction of the stage's steps, `clip` the norm of each gate column's gradient and of the base's (0: none)."""
+    """AdamW; `warmup` is a fraction of the stage's steps, `clip` the norm of each gate column's gradient and of the base's (0: none).
+
+    base_learning_rate: that of the base where it trains beside adapters; 0 is the same for both.
+    """
 
     learning_rate: float = 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
+    base_learning_rate: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
 
@@ -67,12 +71,19 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """trains: adapter specs, "base" for the model's own weights, or both; the rest stays frozen."""
+    """trains: adapter specs, "base" for the model's own weights, or both; the rest stays frozen.
+
+    reference: what scores are compared with, "base", the base without adapters, or "start", all there is, both as they are when
+    the stage begins. absorb: gates with which the adapters trained so far are merged into the base before the stage begins;
+    it then starts without any, and they remain as the teacher's bank of objectives that have one (RAHF).
+    """
 
     trains: tuple[Spec | Literal["base"], ...] = (LoraSpec(),)
     objective: Objective = Dpo()
     optim: Optim = Optim()
     view: View = View()
+    reference: Literal["base", "start"] = "base"
+    absorb: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +122,14 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """prompts: held-out prompts that the model answers at the end, to measure how far it has moved and how long its answers are."""
+
+    prompts: int = 0
+    max_new_tokens: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """Everything a run needs; stored resolved beside every checkpoint and adapter."""
 
@@ -122,6 +141,7 @@ class Recipe:
     out: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
+    evaluation: Evaluation = Evaluation()
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -142,6 +162,8 @@ def check_recipe(recipe: Recipe) -> None:
         ("data.max_length", data.max_length, data.max_length >= 8, ">= 8"),
         ("data.limit", data.limit or 0, data.limit is None or data.limit >= 1, ">= 1"),
         ("data.buckets", data.buckets, _ascending(data.buckets), "ascending lengths, or () for the best"),
+        ("evaluation.prompts", recipe.evaluation.prompts, 0 <= recipe.evaluation.prompts <= data.held_out, "0 to data.held_out"),
+        ("evaluation.max_new_tokens", recipe.evaluation.max_new_tokens, recipe.evaluation.max_new_tokens >= 1, ">= 1"),
         ("data.seed", data.seed, 0 <= data.seed < 2**32, "0 to 2^32 - 1"),
     ]
     for i, stage in enumerate(recipe.stages):
@@ -151,6 +173,7 @@ def check_recipe(recipe: Recipe) -> None:
         optim, where = stage.optim, f"stages.{i}.optim"
         bounds += [
             (f"{where}.learning_rate", optim.learning_rate, optim.learning_rate > 0, "> 0"),
+            (f"{where}.base_learning_rate", optim.base_learning_rate, optim.base_learning_rate >= 0, ">= 0"),
             (f"{where}.warmup", optim.warmup, 0 <= optim.warmup <= 1, "a fraction, 0 to 1"),
             (f"{where}.weight_decay", optim.weight_decay, optim.weight_decay >= 0, ">= 0"),
             (f"{where}.clip", optim.clip, optim.clip >= 0, ">= 0"),

@@ -19,6 +19,7 @@ from meetjax.errors import MeetjaxError
 from meetjax.models.config import ModelConfig
 from meetjax.models.decoder import block_states
 from meetjax.objectives.logps import answer_logps
+from meetjax.train.optim import learning_rate
 from meetjax.train.stage import Stage
 from meetjax.types import Array, Batch, Params
 
@@ -161,12 +162,7 @@ def make_step(config: ModelConfig, stage: Stage, tx: optax.GradientTransformatio
         grads: Any
         grads, metrics = gradient(state.trainable, frozen, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": _rate(opt_state)}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": learning_rate(opt_state)}
         return State(optax.apply_updates(state.trainable, updates), opt_state, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
-
-
-def _rate(opt_state: Any) -> Array:
-    inner = opt_state if hasattr(opt_state, "hyperparams") else opt_state[-1]
-    return inner.hyperparams["learning_rate"]

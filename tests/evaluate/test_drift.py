@@ -17,9 +17,9 @@ PROMPTS = ["the cat?", "a mat?", "who is the user?"]
 
 
 def test_base_has_not_moved(model):
-    found = drift(model, model.params, None, PROMPTS, max_new_tokens=8)
+    found = drift(model, model, None, PROMPTS, max_new_tokens=8)
     assert found["kl"] == 0.0 and found["kl_interval"] == [0.0, 0.0] and 1 <= found["mean_tokens"] <= 8
-    closed = drift(model, model.params, random_bank(model.config, ("lora",), entries=(0,)), PROMPTS, gates=(0.0,), max_new_tokens=8)
+    closed = drift(model, model, random_bank(model.config, ("lora",), entries=(0,)), PROMPTS, gates=(0.0,), max_new_tokens=8)
     assert closed == found
 
 
@@ -28,7 +28,7 @@ def test_drift_is_the_divergence_along_the_answers(model):
     bank = random_bank(model.config, ("lora", "edit"), entries=(0,))
     other = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf * 1.05, model.params))
     for policy, adapters in ((model, bank), (other, None)):
-        found = drift(policy, model.params, adapters, PROMPTS, max_new_tokens=6, seed=3)
+        found = drift(policy, model, adapters, PROMPTS, max_new_tokens=6, seed=3)
         requests = [Request(p, sampling=Sampling(temperature=1.0), seed=3 + i) for i, p in enumerate(PROMPTS)]
         expected = []
         for answer in generate_texts(policy, requests, adapters=adapters, max_new_tokens=6):

@@ -42,7 +42,7 @@ def test_each_batch_meets_the_model_once_for_all_runs(model, batches, forwards, 
     rows, items = batches
     file, runs = tmp_path / "cache" / "reference.sqlite", []
     for _ in range(2):
-        reference = Reference(model.config, model.params, file, model.fingerprint)
+        reference = Reference(model.config, model.params, file=file, fingerprint=model.fingerprint)
         runs.append([reference.logps(batch, rows, chosen) for batch, chosen in (*items, *items)])
     assert len(forwards) == len(items) > 1
     for (batch, _), first, second in zip(items, runs[0], runs[1], strict=False):
@@ -54,14 +54,14 @@ def test_what_a_score_depends_on_is_in_its_key(model, batches, forwards, tmp_pat
     """Another base, dtype, row, shape, layout or code is another entry."""
     rows, ((batch, chosen), *_) = batches
     config, file = model.config, tmp_path / "reference.sqlite"
-    Reference(config, model.params, file, "a").logps(batch, rows, chosen)
-    Reference(config, model.params, file, "b").logps(batch, rows, chosen)
-    Reference(dataclasses.replace(config, dtype="bfloat16"), model.params, file, "a").logps(batch, rows, chosen)
-    Reference(config, model.params, file, "a").logps(batch, dataclasses.replace(rows, hashes=rows.hashes[::-1]), chosen)
+    Reference(config, model.params, file=file, fingerprint="a").logps(batch, rows, chosen)
+    Reference(config, model.params, file=file, fingerprint="b").logps(batch, rows, chosen)
+    Reference(dataclasses.replace(config, dtype="bfloat16"), model.params, file=file, fingerprint="a").logps(batch, rows, chosen)
+    Reference(config, model.params, file=file, fingerprint="a").logps(batch, dataclasses.replace(rows, hashes=rows.hashes[::-1]), chosen)
     wide = dataclasses.replace(batch, tokens=np.pad(batch.tokens, ((0, 0), (0, 0), (0, 8))))
-    Reference(config, model.params, file, "a").logps(wide, rows, chosen)
+    Reference(config, model.params, file=file, fingerprint="a").logps(wide, rows, chosen)
     monkeypatch.setattr(reference_module, "_code", lambda: "changed")
-    Reference(config, model.params, file, "a").logps(batch, rows, chosen)
+    Reference(config, model.params, file=file, fingerprint="a").logps(batch, rows, chosen)
     assert len(forwards) == 6
 
 
@@ -69,6 +69,6 @@ def test_a_file_that_is_no_cache_is_one_line(model, tmp_path):
     file = tmp_path / "reference.sqlite"
     file.write_text("not a database" * 100)
     with pytest.raises(MeetjaxError, match=r"reference\.sqlite; expected a cache of reference scores.*delete it or set MEETJAX_CACHE"):
-        Reference(model.config, model.params, file, "a")
+        Reference(model.config, model.params, file=file, fingerprint="a")
     with pytest.raises(MeetjaxError, match="reference"):
-        Reference(model.config, model.params, file / "reference.sqlite", "a")
+        Reference(model.config, model.params, file=file / "reference.sqlite", fingerprint="a")
