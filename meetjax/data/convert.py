@@ -116,9 +116,10 @@ def goal_conditioned(rows: Sequence[Scored], goal: Callable[[float], str], gap: 
 def instructed(rows: Sequence[Labelled], asked: Sequence[Instruction], instructions: Sequence[str]) -> list[Instructed]:
     """Each answer under several instructions: none ("plain"), its own class's, the other class's, the good or the bad one.
 
-    instructions: the texts by class, bad first. Raises MeetjaxError for labels other than 0 and 1 and for other than two texts.
+    instructions: the texts by class, bad first. Raises MeetjaxError for labels other than 0 and 1, and for other than
+    two texts where they are asked for.
     """
-    if len(instructions) != 2:
+    if len(instructions) != 2 and set(asked) != {"plain"}:
         raise MeetjaxError("view.instructions", expected="two texts, for bad and for good answers", found=len(instructions))
     made = []
     for row in rows:

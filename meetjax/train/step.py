@@ -80,7 +80,7 @@ def make_loss(config: ModelConfig, objective: Any) -> Callable[..., tuple[Array,
     def loss(trainable: Parts, frozen: Parts, batch: Batch, pooled: Array | None = None) -> tuple[Array, tuple[Array, dict]]:
         params, adapters = join(trainable, frozen)
         if getattr(objective, "reads_states", False):
-            total, count, metrics = objective.of_states(*_lookers(config, params, adapters, frozen, batch), batch)
+            total, count, metrics = objective(*_lookers(config, params, adapters, frozen, batch), batch)
             return total, (count, metrics)
         logps = answer_logps(config, params, adapters, batch)
         if hasattr(objective, "pool"):

@@ -47,6 +47,9 @@ def read_rows(data: Data, stage: Stage, tokenizer: Any, console: Console) -> Spl
     form = stage.objective.form
     records = convert(records, form, threshold=data.threshold, gap=data.gap)
     if stage.view.keep and form == "labelled":
+        given = {record.label for record in records}
+        if absent := sorted(set(stage.view.keep) - given):
+            raise MeetjaxError("recipe: view.keep", expected=f"classes among {', '.join(map(str, sorted(given)))}", found=absent[0])
         records = [record for record in records if record.label in stage.view.keep]
     if asks := getattr(stage.objective, "asks", ()):
         records = instructed(records, asks, stage.view.instructions)
