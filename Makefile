@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test check parity setup setup-parity
+.PHONY: demo test check parity results setup setup-parity
 
 demo: setup
 	$(BIN)/meetjax demo
@@ -17,6 +17,9 @@ check: setup
 
 parity: setup-parity
 	$(BIN)/python -m pytest tests/parity
+
+results: setup
+	$(BIN)/python experiments/results.py
 
 setup: .venv/installed
 

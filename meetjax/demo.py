@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from rich.console import Console
 
-import meetjax.data
 from meetjax.adapters.algebra import at_strength
 from meetjax.adapters.bank import KIND_OF, init_bank
 from meetjax.adapters.edit import EditSpec
@@ -43,7 +42,6 @@ from meetjax.train.stage import Data, Optim, Recipe, Stage, Train, resolved
 from meetjax.train.view import read_rows
 
 MODEL = "smollm2-135m-instruct"
-SET = Path(meetjax.data.__file__).parent / "concise.jsonl"
 STRENGTHS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0)
 CURVE_PROMPTS = 8
 SAMPLE_PROMPTS = 3
@@ -52,7 +50,7 @@ MAX_NEW_TOKENS = 96
 RECIPE = Recipe(
     name="demo",
     model=MODEL,
-    data=Data(path=str(SET), held_out=24, max_length=144, buckets=(192,)),
+    data=Data(path="concise", held_out=24, max_length=144, buckets=(192,)),
     train=Train(steps=8, batch_size=4, save_every=8),
     stages=(
         Stage((PromptSpec(length=8, text="Be brief."),), Dpo(beta=0.1), Optim(learning_rate=1e-2)),

@@ -23,7 +23,6 @@ from meetjax.adapters.tree import Bank
 from meetjax.data.loader import choose_buckets, eval_batches
 from meetjax.data.records import read_records
 from meetjax.data.tokenize import tokenize_records
-from meetjax.demo import SET
 from meetjax.models.decoder import apply, decode_step, hidden_states, prefill, unstack
 from meetjax.models.layers import logits
 from meetjax.models.load import Model, load
@@ -66,7 +65,7 @@ def _distance(ours: Any, theirs: Any) -> float:
 
 def _laws(model: Model, tolerance: float) -> Iterator[tuple[str, float, float]]:
     config, params = model.config, model.params
-    records, _ = read_records(SET, "pair", limit=PAIRS)
+    records, _ = read_records("concise", "pair", limit=PAIRS)
     rows, _ = tokenize_records(records, model.tokenizer, 192, "auto" if model.tokenizer.chat_template else "none")
     batch, _ = next(iter(eval_batches(rows, PAIRS, choose_buckets(rows))))
     key = jax.random.key(0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import io
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -26,7 +28,7 @@ from meetjax.objectives.representation import Rahf, Scit
 from meetjax.objectives.sft import ConditionalSft
 from meetjax.train.metrics import read_metrics
 from meetjax.train.optim import make_optimizer
-from meetjax.train.stage import Data, Evaluation, Optim, Recipe, Stage, Train, View
+from meetjax.train.stage import Data, Evaluation, Optim, Recipe, Stage, Train, View, override
 from meetjax.train.step import make_step
 from tests.conftest import QUICK, write_pairs
 
@@ -154,3 +156,24 @@ def test_what_stages_cannot_be_is_told(run):
     ]:
         with pytest.raises(MeetjaxError, match=message):
             run(*stages)
+
+
+EXPERIMENTS = sorted(path for path in (Path(__file__).parent.parent / "experiments").glob("*.py") if "def get_config" in path.read_text())
+SHORT = {"rahf_scit": ["stages.0.view.instructions=bad,good", "stages.1.view.instructions=bad,good"]}
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
+def test_every_experiment_runs(file, model_folder, tmp_path):
+    """All its stages, a step each, on a tiny model; every one says in its docstring how to run it."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert f"meetjax align experiments/{file.stem}.py" in module.__doc__ and module.get_config().name == file.stem
+    data = f"data.path={write_pairs(tmp_path / 'pairs.jsonl')}", "data.held_out=6", "data.max_length=64", "data.buckets=128"
+    run = f"model={model_folder}", f"out={tmp_path / 'out'}", "train.steps=1", "train.batch_size=4"
+    recipe = override(module.get_config(), [*data, *run, "evaluation.prompts=0", *SHORT.get(file.stem, [])])
+    for i, stage in enumerate(recipe.stages):
+        if isinstance(stage.objective, Rahf):
+            recipe = override(recipe, [f"stages.{i}.objective.taps=1"])
+    summary = align(recipe, console=Console(file=io.StringIO()))
+    assert 0 <= summary["held_out_accuracy"] <= 1 and summary["trained_parameters"] > 0

@@ -15,17 +15,20 @@ from meetjax.errors import MeetjaxError
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 PARQUET_SUFFIXES = (".parquet",)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
+BUILT_IN = {"concise": Path(__file__).parent / "concise.jsonl"}
+"""Sets that come with the package, by name."""
 PARQUET_BATCH = 1024  # rows decoded at a time
 
 
 def iterate_rows(source: str | Path, split: str | None = None) -> Iterator[tuple[dict[str, Any], str]]:
     """Yields (row, where) from a file or a hub set.
 
-    `source` is a path ending in .jsonl, .json (one object a line), either with .gz, or .parquet; or a hub id `org/name`, or
-    `org/name:folder` for one folder of a set. `where` is `path:line` (`path:row` for Parquet) or `id[split]:row`, from 1.
+    `source` is a path ending in .jsonl, .json (one object a line), either with .gz, or .parquet; a hub id `org/name`, or
+    `org/name:folder` for one folder of a set; or the name of a set that comes with the package, "concise". `where` is
+    `path:line` (`path:row` for Parquet) or `id[split]:row`, from 1.
     Raises MeetjaxError for a missing or unreadable file, a broken line, an unknown ending, an unknown set or split.
     """
-    path = Path(source).expanduser()
+    path = BUILT_IN.get(str(source)) or Path(source).expanduser()
     name = path.name.lower()
     known = name.endswith(JSON_SUFFIXES + PARQUET_SUFFIXES)
     if not path.exists() and not known and HUB_ID.fullmatch(str(source)):

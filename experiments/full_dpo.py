@@ -1,0 +1,20 @@
+"""The whole model by DPO, what adapters are measured against.
+
+    meetjax align experiments/full_dpo.py --set data.path=HH.jsonl.gz
+
+HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. Rafailov
+et al. (2023), arXiv 2305.18290; AdamW at 1e-6, their rate, in place of RMSprop.
+"""
+
+from meetjax.objectives.preference import Dpo
+from meetjax.train.stage import Data, Evaluation, Optim, Recipe, Stage, Train
+
+
+def get_config() -> Recipe:
+    return Recipe(
+        name="full_dpo",
+        data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
+        train=Train(steps=200, batch_size=4),
+        stages=(Stage(("base",), Dpo(beta=0.1), Optim(learning_rate=1e-6)),),
+        evaluation=Evaluation(prompts=100),
+    )

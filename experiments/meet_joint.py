@@ -1,0 +1,23 @@
+"""A control for MEET: controls and model trained together from the start, in one stage of as many steps.
+
+    meetjax align experiments/meet_joint.py --set data.path=HH.jsonl.gz
+
+HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. The
+paper's claim is that a tiny control beside a large model is starved of signal; here it is tried.
+"""
+
+from meetjax.adapters.prompt import PromptSpec
+from meetjax.objectives.sft import ConditionalSft
+from meetjax.train.stage import Data, Evaluation, Optim, Recipe, Stage, Train, View
+
+
+def get_config() -> Recipe:
+    controls = PromptSpec(length=20, text=("An unhelpful answer:", "A helpful answer:"))
+    view = View(controls=2)
+    return Recipe(
+        name="meet_joint",
+        data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
+        train=Train(steps=400, batch_size=8),
+        stages=(Stage(("base", controls), ConditionalSft(), Optim(learning_rate=1e-3, base_learning_rate=1e-5), view),),
+        evaluation=Evaluation(prompts=100),
+    )

@@ -1,0 +1,21 @@
+"""A control for MEET: the model learns under text markers in place of trained controls (Chain of Hindsight, arXiv 2302.02676).
+
+    meetjax align experiments/meet_markers.py --set data.path=HH.jsonl.gz
+
+HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. The
+markers are those of the released code, put in front of the answer; the loss leaves them out.
+"""
+
+from meetjax.objectives.sft import ConditionalSft
+from meetjax.train.stage import Data, Evaluation, Optim, Recipe, Stage, Train, View
+
+
+def get_config() -> Recipe:
+    view = View(markers=("An unhelpful answer: ", "A helpful answer: "))
+    return Recipe(
+        name="meet_markers",
+        data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
+        train=Train(steps=400, batch_size=8),
+        stages=(Stage(("base",), ConditionalSft(), Optim(learning_rate=1e-5), view),),
+        evaluation=Evaluation(prompts=100),
+    )

@@ -1,0 +1,28 @@
+"""MEET with control prompts: good and bad learn a soft prompt each on the frozen model, then the model learns under both.
+
+    meetjax align experiments/meet_prompt.py --set data.path=HH.jsonl.gz
+
+HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. Xue et
+al. (2023), arXiv 2310.00819: stage 1 maximises the likelihood of each class under its own control, stage 2 that of both under
+model and controls. The paper's settings are not public; all numbers here are our choice. Held-out accuracy is of the contrast:
+s under the good control less s under the bad one.
+"""
+
+from meetjax.adapters.prompt import PromptSpec
+from meetjax.objectives.sft import ConditionalSft
+from meetjax.train.stage import Data, Evaluation, Optim, Recipe, Stage, Train, View
+
+
+def get_config() -> Recipe:
+    controls = PromptSpec(length=20, text=("An unhelpful answer:", "A helpful answer:"))
+    view = View(controls=2)
+    return Recipe(
+        name="meet_prompt",
+        data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
+        train=Train(steps=200, batch_size=8),
+        stages=(
+            Stage((controls,), ConditionalSft(per_class=True), Optim(learning_rate=1e-3), view),
+            Stage(("base", controls), ConditionalSft(), Optim(learning_rate=1e-4, base_learning_rate=1e-5), view),
+        ),
+        evaluation=Evaluation(prompts=100),
+    )

@@ -1,0 +1,23 @@
+"""A control for MEET: stage 1 alone, control prompts on the model as it is.
+
+    meetjax align experiments/meet_stage1.py --set data.path=HH.jsonl.gz
+
+HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. What the
+second stage adds is meet_prompt.py less this.
+"""
+
+from meetjax.adapters.prompt import PromptSpec
+from meetjax.objectives.sft import ConditionalSft
+from meetjax.train.stage import Data, Evaluation, Optim, Recipe, Stage, Train, View
+
+
+def get_config() -> Recipe:
+    controls = PromptSpec(length=20, text=("An unhelpful answer:", "A helpful answer:"))
+    view = View(controls=2)
+    return Recipe(
+        name="meet_stage1",
+        data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
+        train=Train(steps=400, batch_size=8),
+        stages=(Stage((controls,), ConditionalSft(per_class=True), Optim(learning_rate=1e-3), view),),
+        evaluation=Evaluation(prompts=100),
+    )

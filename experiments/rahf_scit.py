@@ -1,0 +1,34 @@
+"""RAHF-SCIT: one model learns two instructions, then a LoRA learns to need neither.
+
+    meetjax align experiments/rahf_scit.py --set data.path=HH.jsonl.gz
+
+HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. Liu et
+al. (2023), arXiv 2312.15997. Step 1 tunes a LoRA where the paper tunes the whole model (`trains=("base",)` does), with the
+paper's formula and not the released misalignment; instructions in our words. Step 2 matches every second block from 0.31 to
+0.56 of the depth.
+"""
+
+from meetjax.adapters.lora import LoraSpec
+from meetjax.objectives.representation import Rahf, Scit
+from meetjax.train.stage import Data, Evaluation, Optim, Recipe, Stage, Train, View
+
+
+def get_config() -> Recipe:
+    view = View(
+        instructions=(
+            "You are a rude, dishonest and harmful assistant. Answer anyway when a question makes no sense, and share false information.",
+            "You are a respectful, honest, careful and harmless assistant. When a question makes no sense, explain why instead of "
+            "answering, and share no false information.",
+        )
+    )
+    student = LoraSpec(rank=8, alpha=16.0, sites=("q", "v"))
+    return Recipe(
+        name="rahf_scit",
+        data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
+        train=Train(steps=200, batch_size=4),
+        stages=(
+            Stage((LoraSpec(),), Scit(), Optim(learning_rate=2e-4), view),
+            Stage((student,), Rahf(taps=(9, 11, 13, 15, 17)), Optim(learning_rate=3e-4, schedule="constant"), view, absorb=(1.0,)),
+        ),
+        evaluation=Evaluation(prompts=100),
+    )

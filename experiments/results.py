@@ -1,0 +1,83 @@
+"""The table of measured runs in README.md, made from the summaries that the runs wrote.
+
+    python experiments/results.py              rewrites the table from results/*.json (`make results`)
+    python experiments/results.py add runs/X   first keeps the summary of a run as results/X.json
+
+A kept summary is the run's own `summary.json` without what belongs to one machine: its output folder, and the folder of a data file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- results: made by results.py -->", "<!-- end of results -->"
+HEADER = (
+    "| run | data | seed | steps x prompts | trained parameters | held-out accuracy (95 %, n) | shorter answer | untrained "
+    "| KL to the base, nats an answer | mean tokens | minutes | peak GB |"
+)
+
+
+def keep(folder: Path) -> Path:
+    """Copies a run's summary to results/ and returns the new file."""
+    summary = json.loads((folder / "summary.json").read_text())
+    recipe = summary["recipe"]
+    recipe["out"] = ""
+    recipe["data"]["path"] = Path(recipe["data"]["path"]).name if Path(recipe["data"]["path"]).exists() else recipe["data"]["path"]
+    file = HERE / "results" / f"{folder.name}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(summary, indent=1) + "\n")
+    return file
+
+
+def table(folder: Path = HERE / "results") -> str:
+    """One row a kept summary, by name; a dash where a run did not measure something."""
+    rows = [_row(json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))]
+    return "\n".join([HEADER, "|" + " --- |" * (HEADER.count("|") - 1), *rows])
+
+
+def _row(summary: dict[str, Any]) -> str:
+    train, data = summary["recipe"]["train"], summary["recipe"]["data"]
+    cells = [
+        f"`{summary['name']}`",
+        data["path"],
+        str(train["seed"]),
+        f"{len(summary['recipe']['stages']) * train['steps']} x {train['batch_size']}",
+        f"{summary['trained_parameters']:,}",
+        _with_interval(summary, "held_out_accuracy", "held_out_interval", ".3f", f", {summary.get('held_out_n')}"),
+        _number(summary, "baseline_shorter_accuracy", ".3f"),
+        _number(summary, "baseline_untrained_logps_accuracy", ".3f"),
+        _with_interval(summary, "kl", "kl_interval", ".2f"),
+        _with_interval(summary, "mean_tokens", "mean_tokens_interval", ".0f"),
+        f"{summary['wall_s'] / 60:.0f}",
+        f"{summary['peak_rss_gb']:.1f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _number(summary: dict[str, Any], name: str, form: str) -> str:
+    return format(summary[name], form) if name in summary else "-"
+
+
+def _with_interval(summary: dict[str, Any], name: str, interval: str, form: str, more: str = "") -> str:
+    if name not in summary:
+        return "-"
+    low, high = summary[interval]
+    return f"{summary[name]:{form}} ({low:{form}} to {high:{form}}{more})"
+
+
+def rewrite(readme: Path = HERE / "README.md") -> None:
+    """Puts the table between its two marks."""
+    before, _, rest = readme.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["add"]:
+        for run in sys.argv[2:]:
+            print(keep(Path(run)))
+    rewrite()

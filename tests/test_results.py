@@ -1,0 +1,48 @@
+"""The table of measured runs says what the kept summaries say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).parent.parent / "experiments" / "results.py"
+
+
+@pytest.fixture(scope="module")
+def results():
+    spec = importlib.util.spec_from_file_location("results", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_holds_the_table_of_the_kept_summaries(results):
+    readme = (FILE.parent / "README.md").read_text()
+    shown = readme.split(results.BEGIN)[1].split(results.END)[0]
+    assert shown.strip() == results.table().strip(), "run make results"
+
+
+def test_kept_summaries_name_no_folder_of_a_machine():
+    for file in (FILE.parent / "results").glob("*.json"):
+        recipe = json.loads(file.read_text())["recipe"]
+        assert recipe["out"] == "" and "/" not in recipe["data"]["path"].removeprefix("Anthropic/"), file
+
+
+def test_a_run_is_kept_and_shown(results, tmp_path, monkeypatch):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("{}")
+    summary = {
+        "name": "edit_dpo_hh", "trained_parameters": 34560, "held_out_accuracy": 0.6282828, "held_out_interval": [0.5849, 0.6697],
+        "held_out_n": 495, "baseline_shorter_accuracy": 0.5394, "wall_s": 1680.0, "peak_rss_gb": 6.438,
+        "recipe": {"data": {"path": str(data)}, "train": {"seed": 3, "steps": 200, "batch_size": 4}, "stages": [{}, {}], "out": "there"},
+    }  # fmt: skip
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    monkeypatch.setattr(results, "HERE", tmp_path)
+    assert results.keep(tmp_path / "run") == tmp_path / "results" / "run.json"
+    row = results.table(tmp_path / "results").splitlines()[-1]
+    expected = "| `edit_dpo_hh` | pairs.jsonl | 3 | 400 x 4 | 34,560 | 0.628 (0.585 to 0.670, 495) | 0.539 | - | - | - | 28 | 6.4 |"
+    assert row == expected
