@@ -37,6 +37,27 @@ def align(
     run(override(recipe, list(set)))
 
 
+def grid(
+    file: Annotated[Path, tyro.conf.Positional],
+    out: Path | None = None,
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FIELD=VALUE")] = (),
+) -> None:
+    """Run every combination of a file's AXES that is not yet run.
+
+    Args:
+        file: a grid, such as experiments/tradeoffs.py, with AXES and get_config(one argument an axis).
+        out: folder of the runs, the table and the figure (runs/NAME of the file).
+        set: change a field of every recipe, such as train.steps=50; may be repeated.
+    """
+    from meetjax.grid import make_cells, run_grid
+
+    module: Any = _module(file)
+    if not isinstance(getattr(module, "AXES", None), dict) or not callable(getattr(module, "get_config", None)):
+        raise MeetjaxError(f"{file}", expected="AXES, a mapping, and get_config(one argument an axis)", found="not both")
+    out = out or Path("runs") / file.stem
+    run_grid(_told_where(file, partial(make_cells, module.AXES, module.get_config, out, list(set))), out)
+
+
 def generate(
     prompt: str,
     adapter: Path | None = None,
@@ -137,7 +158,7 @@ def _told_where(file: Path, call: Callable[[], Any]) -> Any:
         raise MeetjaxError(f"{file}{f':{line}' if line else ''}: cannot be run", found=f"{type(error).__name__}: {error}") from error
 
 
-COMMANDS = {function.__name__: function for function in (align, generate, demo, selftest)}
+COMMANDS = {function.__name__: function for function in (align, grid, generate, demo, selftest)}
 
 
 def main() -> None:

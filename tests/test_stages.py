@@ -158,16 +158,23 @@ def test_what_stages_cannot_be_is_told(run):
             run(*stages)
 
 
-EXPERIMENTS = sorted(path for path in (Path(__file__).parent.parent / "experiments").glob("*.py") if "def get_config" in path.read_text())
+FOLDER = Path(__file__).parent.parent / "experiments"
+EXPERIMENTS = sorted(path for path in FOLDER.glob("*.py") if "def get_config()" in path.read_text())
 SHORT = {"rahf_scit": ["stages.0.view.instructions=bad,good", "stages.1.view.instructions=bad,good"]}
+
+
+def load_experiment(name):
+    """The module of `experiments/NAME.py`."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
 def test_every_experiment_runs(file, model_folder, tmp_path):
     """All its stages, a step each, on a tiny model; every one says in its docstring how to run it."""
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_experiment(file.stem)
     assert f"meetjax align experiments/{file.stem}.py" in module.__doc__ and module.get_config().name == file.stem
     data = f"data.path={write_pairs(tmp_path / 'pairs.jsonl')}", "data.held_out=6", "data.max_length=64", "data.buckets=128"
     run = f"model={model_folder}", f"out={tmp_path / 'out'}", "train.steps=1", "train.batch_size=4"

@@ -14,7 +14,7 @@ from meetjax.errors import MeetjaxError
 from meetjax.objectives.bounds import bounds_of
 from meetjax.objectives.preference import Dpo
 from meetjax.objectives.table import OBJECTIVES
-from meetjax.types import Array, Batch
+from meetjax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Objective(Protocol):
     form: ClassVar[Any]  # Any, because a class variable is mutable and so admits no narrower type in an implementation
     needs_reference: ClassVar[bool]
 
-    def __call__(self, logps: Array, batch: Batch) -> tuple[Array, Array, dict[str, Any]]: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Array, Array, dict[str, Any]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
