@@ -41,6 +41,7 @@ class Scit:
     form: ClassVar[str] = "labelled"
     asks: ClassVar[tuple[str, ...]] = ("own", "other")
     needs_reference: ClassVar[bool] = False
+    partners: ClassVar[bool] = False
 
     def __call__(self, logps: Float[Array, "B 2"], batch: Batch) -> tuple[Array, Array, dict[str, tuple[Array, Array]]]:
         """(summed loss, normaliser, summed metrics with their normaliser)."""
@@ -86,6 +87,7 @@ class Rahf:
     looks: tuple[tuple[int, tuple[float, ...]], ...] = ((0, ()), (1, ()), (2, ()))
     form: ClassVar[str] = "labelled"
     needs_reference: ClassVar[bool] = False
+    partners: ClassVar[bool] = False
     reads_states: ClassVar[bool] = True
 
     def __call__(self, student: Callable, teacher: Callable, batch: Batch) -> tuple[Array, Array, dict[str, tuple[Array, Array]]]:
