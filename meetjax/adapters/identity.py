@@ -15,18 +15,23 @@ from meetjax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class IdentitySpec:
-    """`blocks` copies in front of block 0; one is the paper's setting (Zhu et al. 2025, arXiv 2503.04346, sec. 4.1)."""
+    """`blocks` copies of block `layer` in front of block 0; one copy of block 0 is the paper's setting (Zhu et al. 2025, arXiv
+    2503.04346, sec. 4.1; its introduction says the last layer, its figure and code the first).
+    """
 
     blocks: int = 1
+    layer: int = 0
 
 
 def init_identity(config: ModelConfig, params: Params, spec: IdentitySpec, entries: int = 1) -> Identity:
-    """Leaves [blocks, E, ...] float32 copied from block 0, with W_o = W_down = 0, so that phi(h) = h exactly."""
+    """Leaves [blocks, E, ...] float32 copied from block `spec.layer`, with W_o = W_down = 0, so that phi(h) = h exactly."""
     if spec.blocks < 1:
         raise MeetjaxError("identity: blocks", expected=">= 1", found=spec.blocks)
+    if not -config.layers <= spec.layer < config.layers:
+        raise MeetjaxError("identity: layer", expected=f"{-config.layers} to {config.layers - 1}", found=spec.layer)
     block = {}
     for name in sites.block_sites(config):
-        leaf = params["blocks"][name][0].astype(jnp.float32)
+        leaf = params["blocks"][name][spec.layer].astype(jnp.float32)
         if name in ("o", "down"):
             leaf = jnp.zeros_like(leaf)
         block[name] = jnp.broadcast_to(leaf, (spec.blocks, entries, *leaf.shape)).copy()

@@ -20,7 +20,7 @@ from meetjax.types import Params
 def row_logps(
     config: ModelConfig, params: Params, bank: Any, rows: Rows, buckets: Buckets, batch_size: int = 4
 ) -> Float[np.ndarray, "N C"]:
-    """Summed answer log-probabilities in nats of every row, the bank in full."""
+    """Summed answer log-probabilities in nats of every row under its gates, or under the bank in full where it has none."""
     return _scored(lambda batch, _: compiled_answer_logps(config, params, bank, batch), rows, buckets, batch_size)
 
 

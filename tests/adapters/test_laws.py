@@ -170,6 +170,20 @@ def test_identity_block_is_identity(variant, dtype):
     np.testing.assert_array_equal(np.asarray(run(h)), np.asarray(h))
 
 
+@pytest.mark.parametrize("layer", [0, 1, -1])
+def test_identity_block_copies_the_layer_it_is_told(base, layer):
+    """Every tensor but W_o and W_down is that layer's, in each of n blocks; a layer that is not there is refused."""
+    config, params, _ = base
+    made = init_identity(config, params, IdentitySpec(blocks=2, layer=layer)).block
+    for name, leaf in made.items():
+        expected = np.zeros_like(params["blocks"][name][layer]) if name in ("o", "down") else params["blocks"][name][layer]
+        for n in range(2):
+            np.testing.assert_array_equal(leaf[n, 0], expected)
+    for wrong in (config.layers, -config.layers - 1):
+        with pytest.raises(MeetjaxError, match=f"identity: layer; expected -{config.layers} to {config.layers - 1}; found {wrong}"):
+            init_identity(config, params, IdentitySpec(layer=wrong))
+
+
 def test_first_gradient_reaches_every_kind(base):
     """At initialisation only zeros can move: b of LoRA, s and t of an edit, o and down of an identity block, and a prompt's vectors.
 
