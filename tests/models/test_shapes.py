@@ -39,12 +39,14 @@ def hf_config(family, vocab, width, hidden, layers, heads, kv_heads, **more):
 MODELS = {
     "Llama-2-7B": hf_config("llama", 32000, 4096, 11008, 32, 32, 32),
     "Llama-2-70B": hf_config("llama", 32000, 8192, 28672, 80, 64, 8),
+    "Mistral-7B": hf_config("mistral", 32000, 4096, 14336, 32, 32, 8),
     "Llama-3.1-8B": hf_config("llama", 128256, 4096, 14336, 32, 32, 8),
     "Llama-3.2-3B": hf_config("llama", 128256, 3072, 8192, 28, 24, 8, head_dim=128, tie_word_embeddings=True),
     "Qwen2.5-7B": hf_config("qwen2", 152064, 3584, 18944, 28, 28, 4),
     "Qwen2.5-1.5B": hf_config("qwen2", 151936, 1536, 8960, 28, 12, 2, tie_word_embeddings=True),
 }
 PARAMETERS = {  # as counted in the published checkpoints
+    "Mistral-7B": 7_241_732_096,
     "Llama-2-7B": 6_738_415_616,
     "Llama-2-70B": 68_976_648_192,
     "Llama-3.1-8B": 8_030_261_248,
@@ -64,8 +66,8 @@ def abstract_params(config):
     return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
 
 
-def abstract_bank(config, *specs):
-    return jax.eval_shape(lambda params: init_bank(config, params, specs, Ids(), jax.random.key(0)), abstract_params(config))
+def abstract_bank(config, *specs, columns=1):
+    return jax.eval_shape(lambda params: init_bank(config, params, specs, Ids(), jax.random.key(0), columns), abstract_params(config))
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
@@ -111,8 +113,19 @@ def test_published_adapter_counts():
     config = MODELS["Llama-2-7B"]
     assert count_parameters(abstract_bank(config, LoraSpec(rank=16, sites=("q", "v")))) == 8_388_608
     assert count_parameters(abstract_bank(config, EditSpec())) == 262_144
-    bank = abstract_bank(config, PromptSpec(length=20))
-    assert count_parameters([bank, bank]) == 2 * 20 * 4096
+    assert count_parameters(abstract_bank(config, EditSpec(sites=sites.EDITABLE))) == 2 * 32 * 5 * 4096
+    # MEET's controls, two classes (arXiv 2310.00819, with our lengths and ranks)
+    assert count_parameters(abstract_bank(config, PromptSpec(length=20), columns=2)) == 163_840
+    assert count_parameters(abstract_bank(config, LoraSpec(rank=8, sites=("q", "v")), columns=2)) == 2 * 4_194_304
+
+
+@pytest.mark.parametrize(
+    ("name", "sft", "dpo"), [("Llama-2-7B", 33_554_432, 39_976_960), ("Mistral-7B", 27_262_976, 41_943_040)], ids=["llama", "mistral"]
+)
+def test_trade_off_adapter_counts(name, sft, dpo):
+    """The two adapter shapes of the trade-off study (arXiv 2406.04879, table 6): rank 64 on q, v and rank 16 on all linear sites."""
+    assert count_parameters(abstract_bank(MODELS[name], LoraSpec(rank=64, sites=("q", "v")))) == sft
+    assert count_parameters(abstract_bank(MODELS[name], LoraSpec(rank=16))) == dpo
 
 
 @pytest.mark.parametrize("name", sorted(IDENTITY_BLOCKS))
