@@ -44,6 +44,7 @@ class Batch:
     gates:    float32[B, A] or None, the prompt's gate on each bank column (None: 1 everywhere)
     ref_logps: float32[B, C] or None, summed answer log-probabilities under the reference, in nats
     common:   int32[B], tokens at the front of a row that all its answers continue; None where a row has one answer
+    token_weights: float32[B, K, T], a weight of each token for objectives that read tokens; None without
     classes:  int32[B], the class of the prompt's first answer (0 bad, 1 good, or any other numbering); None without labels
     """
 
@@ -55,3 +56,4 @@ class Batch:
     ref_logps: Float[Array, "B C"] | None = None
     common: Int[Array, " B"] | None = None
     classes: Int[Array, " B"] | None = None
+    token_weights: Float[Array, "B K T"] | None = None

@@ -22,6 +22,7 @@ from meetjax.adapters.prompt import PromptSpec
 from meetjax.align import align
 from meetjax.errors import MeetjaxError
 from meetjax.models.load import load
+from meetjax.objectives.figa import Figa
 from meetjax.objectives.kto import Kto
 from meetjax.objectives.preference import Dpo
 from meetjax.objectives.representation import Rahf, Scit
@@ -144,6 +145,12 @@ def test_kto_runs_on_pairs(run):
     out, _ = run(Stage((LORA,), Kto(), Optim(1e-2)))
     rows = read_metrics(out / "stage-0")
     assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-6) and rows[-1]["loss"] < 0.5 and rows[0]["kl"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_figa_runs_on_pairs(run):
+    out, summary = run(Stage((LORA,), Figa(), Optim(1e-2)))
+    rows = read_metrics(out / "stage-0")
+    assert rows[-1]["nll/new"] < rows[0]["nll/new"] and 0 <= rows[0]["kept/dropped"] <= 1 and "held_out_accuracy" in summary
 
 
 def test_what_stages_cannot_be_is_told(run):

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from meetjax.data.records import Completion, Form, Instructed, Labelled, Message, Pair, Prompt, Record, Scored
+from meetjax.data.records import Completion, Edited, Form, Instructed, Labelled, Message, Pair, Prompt, Record, Scored
 from meetjax.errors import MeetjaxError
 
-FORM_OF: dict[type, Form] = {Pair: "pair", Completion: "completion", Labelled: "labelled", Scored: "scored"}
+FORM_OF: dict[type, Form] = {Pair: "pair", Completion: "completion", Labelled: "labelled", Scored: "scored", Edited: "edited"}
 Instruction = Literal["plain", "own", "other", "good", "bad"]
 BAD, GOOD = 0, 1
 """Classes of the answers of a pair."""
@@ -18,7 +18,8 @@ BAD, GOOD = 0, 1
 def convert(records: Sequence[Record], form: Form, *, threshold: float | None = None, gap: float = 0.0) -> list[Any]:
     """The records in another form; those already in it are returned as they are.
 
-    pair -> completion (the chosen answer), labelled (chosen good, rejected bad); labelled -> completion (the good answers), pair;
+    pair -> completion (the chosen answer), labelled (chosen good, rejected bad), edited (rejected revised to chosen); edited -> pair;
+    labelled -> completion (the good answers), pair;
     scored -> labelled (good from `threshold` on), pair (best against worst, at least `gap` apart).
     Raises MeetjaxError for records of several forms, a form that these cannot become, and when nothing is left.
     """
@@ -31,6 +32,8 @@ def convert(records: Sequence[Record], form: Form, *, threshold: float | None = 
     steps: dict[tuple[Form, Form], Callable[[Any], list[Any]]] = {
         ("pair", "completion"): lambda pairs: [Completion(pair.prompt, pair.chosen, pair.where) for pair in pairs],
         ("pair", "labelled"): labelled_from_pairs,
+        ("pair", "edited"): lambda pairs: [Edited(pair.prompt, pair.rejected, pair.chosen, pair.where) for pair in pairs],
+        ("edited", "pair"): lambda rows: [Pair(row.prompt, row.revised, row.original, row.where) for row in rows],
         ("labelled", "completion"): lambda rows: [Completion(row.prompt, row.completion, row.where) for row in rows if row.label == GOOD],
         ("labelled", "pair"): pairs_from_labelled,
         ("scored", "labelled"): lambda rows: labelled_from_scores(rows, threshold),

@@ -140,14 +140,20 @@ def pad_batch(rows: Rows, plan: Plan, host: int = 0, hosts: int = 1) -> tuple[Ba
     if together:
         begins[:, 1:] = np.cumsum(rows.lengths[chosen] - common[:, None], axis=1)[:, :-1]
     tokens = np.zeros((share, 1 if together else answers, plan.length), np.int32)
+    token_weights = None if rows.token_weights is None else np.zeros(tokens.shape, np.float32)
     for b, n in enumerate(chosen):
         for c in range(answers):
             skip = common[b] if together and c else 0
-            tokens[b, 0 if together else c, begins[b, c] + skip : begins[b, c] + rows.lengths[n, c]] = answer_ids(rows, n, c)[skip:]
+            place = b, 0 if together else c, slice(begins[b, c] + skip, begins[b, c] + rows.lengths[n, c])
+            tokens[place] = answer_ids(rows, n, c)[skip:]
+            if token_weights is not None and rows.token_weights is not None:
+                token_weights[place] = rows.token_weights[rows.offsets[n, c] :][: rows.lengths[n, c]][skip:]
     weights = (np.arange(len(plan.rows)) < plan.real).astype(np.float32)[mine]
     starts, ends = (begins + places[chosen] for places in (rows.starts, rows.lengths))
     classes, gates = (None if column is None else column[chosen] for column in (rows.classes, rows.gates))
-    return Batch(tokens, starts, ends, weights, gates, common=common if together else None, classes=classes), chosen
+    return Batch(
+        tokens, starts, ends, weights, gates, common=common if together else None, classes=classes, token_weights=token_weights
+    ), chosen
 
 
 def padding_audit(rows: Rows, plans: list[Plan]) -> Audit:
@@ -193,7 +199,7 @@ def _plan(chosen: Int[np.ndarray, " n"], batch_size: int, longest: Int[np.ndarra
 def _plan_key(rows: Rows, plans: list[Plan], seed: int) -> str:
     """A key of everything that decides which rows come when; the number of hosts does not."""
     digest = hashlib.sha256(f"{seed}:{''.join(rows.hashes)}".encode())
-    for column in (rows.classes, rows.gates):
+    for column in (rows.classes, rows.gates, rows.token_weights):
         digest.update(b"" if column is None else column.tobytes())
     for plan in plans:
         digest.update(np.array([plan.length, plan.real, *plan.rows], "<i8").tobytes())

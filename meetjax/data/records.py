@@ -14,7 +14,7 @@ from meetjax.data.sources import iterate_rows
 from meetjax.errors import MeetjaxError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-Form = Literal["pair", "completion", "labelled", "scored"]
+Form = Literal["pair", "completion", "labelled", "scored", "edited"]
 HH_START = "\n\nHuman:"
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -80,6 +80,16 @@ class Scored:
 
 
 @dataclasses.dataclass(frozen=True)
+class Edited:
+    """An answer and a revision of it; `where` is the `file:line` it came from."""
+
+    prompt: Prompt
+    original: str
+    revised: str
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Instructed:
     """A labelled answer behind several prompts that ask for it differently; made by `convert.instructed`."""
 
@@ -89,13 +99,15 @@ class Instructed:
     where: str
 
 
-Record = Pair | Completion | Labelled | Scored | Instructed
+Record = Pair | Completion | Labelled | Scored | Edited | Instructed
 
 
 def answers(record: Record) -> tuple[str, ...]:
-    """The record's C answers in the order of `Batch`'s answer axis: (chosen, rejected), or (completion,) once a prompt."""
+    """The record's C answers in the order of `Batch`'s answer axis, the better first, or (completion,) once a prompt."""
     if isinstance(record, Pair):
         return record.chosen, record.rejected
+    if isinstance(record, Edited):
+        return record.revised, record.original
     return (record.completion,) * len(prompts(record))
 
 
@@ -114,6 +126,7 @@ def read_records(source: str | Path, form: Form, split: str | None = None, limit
     * completion: `prompt`, `completion`; `messages`, of which the last assistant turn is the answer; or a pair's columns, of which
       the chosen answer is read;
     * labelled: `prompt`, `completion` and `label`, true, false or a class number from 0;
+    * edited: `prompt`, `original` and `revised`;
     * scored: `prompt`, `completion` and `score`; or a pair's columns with `score_chosen` and `score_rejected`, two records a row.
 
     A pair file read as demonstrations gives the chosen answers of exactly the rows that it gives as pairs, in the same
@@ -149,7 +162,7 @@ def read_records(source: str | Path, form: Form, split: str | None = None, limit
 def form_of(source: str | Path, split: str | None = None) -> Form:
     """The form that the columns of the first row tell; a completion where they tell nothing."""
     row, _ = next(iterate_rows(source, split), ({}, ""))
-    told: tuple[tuple[str, Form], ...] = (("rejected", "pair"), ("label", "labelled"), ("score", "scored"))
+    told: tuple[tuple[str, Form], ...] = (("rejected", "pair"), ("label", "labelled"), ("score", "scored"), ("revised", "edited"))
     found: list[Form] = [form for column, form in told if column in row]
     return found[0] if found else "completion"
 
@@ -208,6 +221,17 @@ def parse_scored(row: Mapping[str, Any], where: str) -> Scored | list[Scored] | 
     _require_columns(row, ("prompt", "completion", "score"), where)
     found = _answer_after(row["prompt"], row, "completion", where)
     return found if isinstance(found, str) else Scored(*found, _score(row, "score", where), where)
+
+
+def parse_edited(row: Mapping[str, Any], where: str) -> Edited | str:
+    """The row's answer and revision, or the reason why it has none; raises MeetjaxError like `parse_pair`."""
+    _require_columns(row, ("prompt", "original", "revised"), where)
+    sides = [_answer_after(row["prompt"], row, field, where) for field in ("original", "revised")]
+    for side in sides:
+        if isinstance(side, str):
+            return side
+    (prompt, original), (_, revised) = sides
+    return Edited(prompt, original, revised, where)
 
 
 def _score(row: Mapping[str, Any], column: str, where: str) -> float:
@@ -300,4 +324,4 @@ def _wrong_type(field: str, value: Any, where: str) -> MeetjaxError:
     return MeetjaxError(f"{where}: field '{field}'", expected="a string or a list of messages", found=type(value).__name__)
 
 
-PARSERS = {"pair": parse_pair, "completion": parse_completion, "labelled": parse_labelled, "scored": parse_scored}
+PARSERS = {"pair": parse_pair, "completion": parse_completion, "labelled": parse_labelled, "scored": parse_scored, "edited": parse_edited}

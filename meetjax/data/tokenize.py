@@ -40,6 +40,7 @@ class Rows:
     hashes:   str[N], 16 hex digits that name the row's content (for caches)
     records:  int32[N], index of the row's record in the list that was tokenised
     classes:  int32[N], labels of labelled records, or None
+    token_weights: float32[sum of lengths], a weight of each of `ids`, or None
     gates:    float32[N, A], the row's gate on each bank column, or None for 1 everywhere
     shared_prompt: whether batches lay the answers of a row behind one copy of `common`, or each behind its own
     """
@@ -53,6 +54,7 @@ class Rows:
     records: Int[np.ndarray, " N"]
     classes: Int[np.ndarray, " N"] | None = None
     gates: Float[np.ndarray, "N A"] | None = None
+    token_weights: Float[np.ndarray, " total"] | None = None
     shared_prompt: bool = True
 
     def __len__(self) -> int:

@@ -18,13 +18,16 @@ from meetjax.types import Array, Batch, Params
 
 def answer_logps(config: ModelConfig, params: Params, adapters: Any, batch: Batch) -> Float[Array, "B C"]:
     """s(y) = sum_t m_t log pi(y_t | x, y_<t) in nats for each of the C answers to each prompt, EOS included."""
-    prompts, per_prompt, width = batch.tokens.shape
-    tokens = batch.tokens.reshape(-1, width)
+    scores, owner = answer_token_logps(config, params, adapters, batch)
+    sums = [jnp.sum(jnp.where(owner == slot, scores, 0.0), axis=1) for slot in range(batch.starts.shape[1] // batch.tokens.shape[1])]
+    return jnp.stack(sums, axis=1).reshape(batch.starts.shape)
+
+
+def answer_token_logps(config: ModelConfig, params: Params, adapters: Any, batch: Batch) -> tuple[Float[Array, "BK T"], Int[Array, "BK T"]]:
+    """(log pi(y_t | x, y_<t) of each answer token in nats, 0 elsewhere; which answer of its row it belongs to, -1 elsewhere)."""
     owner, source = answer_places(batch)
     hidden = answer_states(config, params, adapters, batch)
-    scores = token_logps(params, hidden, source, tokens, owner >= 0)
-    sums = [jnp.sum(jnp.where(owner == slot, scores, 0.0), axis=1) for slot in range(batch.starts.shape[1] // per_prompt)]
-    return jnp.stack(sums, axis=1).reshape(prompts, -1)
+    return token_logps(params, hidden, source, batch.tokens.reshape(owner.shape), owner >= 0), owner
 
 
 compiled_answer_logps = partial(jax.jit, static_argnums=0)(answer_logps)

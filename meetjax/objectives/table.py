@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from meetjax.objectives.figa import Figa
 from meetjax.objectives.kto import ApoZeroUnpaired, Kto
 from meetjax.objectives.preference import ApoDown, ApoZero, Cdpo, Dpo, Hinge, Ipo, NormalizedDpo, RobustDpo
 from meetjax.objectives.reference_free import Cpo, Orpo, Simpo
@@ -26,6 +27,7 @@ OBJECTIVES: dict[str, type[Any]] = {
     "cpo": Cpo,
     "kto": Kto,
     "apo_zero_unpaired": ApoZeroUnpaired,
+    "figa": Figa,
     "scit": Scit,
     "rahf": Rahf,
 }

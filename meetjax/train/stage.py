@@ -38,13 +38,14 @@ class Optim:
 class Objective(Protocol):
     """What `Dpo` and `Sft` are and a new loss has to be: a frozen dataclass called as objective(logps [B, C], batch).
 
-    It returns (summed loss, normaliser, summed metrics with their normalisers). form: the records it reads, "pair",
-    "completion" or "labelled"; needs_reference: whether it reads `batch.ref_logps`. A labelled one also says `partners`: whether
-    each prompt has a second answer, one to another prompt. An objective with numbers that belong to the whole batch and not to a
-    micro-batch (KTO's z0) has a method pool(logps, batch) -> (sum, weight) and is called as objective(logps, batch, pooled), where
-    pooled is sum / weight over the whole batch, without a gradient. One that asks for an answer in several ways names them in `asks`
-    (`data.convert.instructed`); one with `reads_states` is called with the hidden states of a student and a teacher (`Rahf`). Fields
-    made by `objectives.bounds` are checked with the recipe.
+    It returns (summed loss, normaliser, summed metrics with their normalisers). form: the records it reads, "pair", "completion"
+    or "labelled"; needs_reference: whether it reads `batch.ref_logps`. A labelled one also says `partners`: whether each prompt
+    has a second answer, one to another prompt. An objective with numbers that belong to the whole batch and not to a micro-batch
+    (KTO's z0) has a method pool(logps, batch) -> (sum, weight) and is called as objective(logps, batch, pooled), where pooled is
+    sum / weight over the whole batch, without a gradient. One that asks for an answer in several ways names them in `asks`
+    (`data.convert.instructed`); one with `reads_tokens` is called with the log-probability of each token; one with `reads_states`
+    is called with the hidden states of a student and a teacher (`Rahf`). Fields made by `objectives.bounds` are checked with the
+    recipe.
     """
 
     form: ClassVar[Any]  # Any, because a class variable is mutable and so admits no narrower type in an implementation
@@ -99,7 +100,7 @@ class Data:
 
     path: str = ""
     split: str | None = None
-    form: Literal["auto", "pair", "completion", "labelled", "scored"] = "auto"
+    form: Literal["auto", "pair", "completion", "labelled", "scored", "edited"] = "auto"
     threshold: float | None = None
     gap: float = 0.0
     limit: int | None = None

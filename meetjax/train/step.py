@@ -18,7 +18,7 @@ from meetjax.adapters.tree import KINDS, Bank
 from meetjax.errors import MeetjaxError
 from meetjax.models.config import ModelConfig
 from meetjax.models.decoder import block_states
-from meetjax.objectives.logps import answer_logps
+from meetjax.objectives.logps import answer_logps, answer_token_logps
 from meetjax.train.optim import learning_rate
 from meetjax.train.stage import Stage
 from meetjax.types import Array, Batch, Params
@@ -81,6 +81,10 @@ def make_loss(config: ModelConfig, objective: Any) -> Callable[..., tuple[Array,
         params, adapters = join(trainable, frozen)
         if getattr(objective, "reads_states", False):
             total, count, metrics = objective(*_lookers(config, params, adapters, frozen, batch), batch)
+            return total, (count, metrics)
+        if getattr(objective, "reads_tokens", False):
+            scores, _ = answer_token_logps(config, params, adapters, batch)
+            total, count, metrics = objective(scores, batch)
             return total, (count, metrics)
         logps = answer_logps(config, params, adapters, batch)
         if hasattr(objective, "pool"):

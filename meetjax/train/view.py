@@ -11,6 +11,7 @@ from rich.console import Console
 from meetjax.adapters.tree import Bank, check_gates, columns
 from meetjax.data.audit import Audit, render_table, split_rows, then
 from meetjax.data.convert import BAD, GOOD, convert, instructed
+from meetjax.data.edits import with_edit_weights
 from meetjax.data.loader import Buckets, choose_buckets
 from meetjax.data.partners import with_partners
 from meetjax.data.records import Pair, form_of, read_records
@@ -57,12 +58,14 @@ def read_rows(data: Data, stage: Stage, tokenizer: Any, console: Console) -> Spl
     if asks:  # prompts that differ from their first tokens on
         rows = dataclasses.replace(rows, shared_prompt=False)
     rows = _gated(rows, stage.view)
+    if form == "edited":
+        rows = with_edit_weights(rows)
     if getattr(stage.objective, "partners", False):
         rows = with_partners(rows, data.max_length, data.seed)
     console.print(render_table(then(*audits, made), f"{data.path} ({form})"))
     if not held_out:
         return Split(rows, None, None, [], data.buckets or choose_buckets(rows))
-    held_out = convert(held_out, "pair", gap=data.gap) if native == "scored" else held_out
+    held_out = convert(held_out, "pair", gap=data.gap) if native in ("scored", "edited") else held_out
     pairs, bad = isinstance(held_out[0], Pair), None
     good, audit = _tokenized(held_out, data, tokenizer, stage.view.markers, GOOD if pairs else None)
     good = _gated(good, stage.view, GOOD if pairs else None)

@@ -192,7 +192,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_bad_arguments(tmp_path):
     path = write(tmp_path / "pairs.jsonl", [{"prompt": "q", "completion": "a"}])
-    with pytest.raises(MeetjaxError, match="data form; expected pair or completion or labelled or scored; found 'pairs'"):
+    with pytest.raises(MeetjaxError, match="data form; expected pair or completion or labelled or scored or edited; found 'pairs'"):
         read_records(path, "pairs")
     with pytest.raises(MeetjaxError, match="limit"):
         read_records(path, "completion", limit=0)
