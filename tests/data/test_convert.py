@@ -51,9 +51,7 @@ def test_scores_without_spread_are_refused():
 def test_impossible_conversions_name_the_possible_ones():
     with pytest.raises(MeetjaxError, match="data form; expected completion, which completion records can become; found pair"):
         convert([Completion("p", "a", "f:1")], "pair")
-    with pytest.raises(
-        MeetjaxError, match="completion or edited or labelled or pair, which pair records can become; found scored"
-    ):
+    with pytest.raises(MeetjaxError, match="completion or edited or labelled or pair, which pair records can become; found scored"):
         convert(PAIRS, "scored")
     with pytest.raises(MeetjaxError, match="records of one form; found completion and pair"):
         convert([*PAIRS, Completion("p", "a", "f:1")], "pair")
