@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import meetjax.evaluate.preference as preference_module
 import meetjax.train.fit as fit_module
+import meetjax.train.reference as reference_module
 from meetjax.adapters.algebra import merge_model
 from meetjax.adapters.io import load_adapters
 from meetjax.adapters.lora import LoraSpec
@@ -24,6 +26,7 @@ from meetjax.errors import MeetjaxError
 from meetjax.models.load import load
 from meetjax.objectives.figa import Figa
 from meetjax.objectives.kto import Kto
+from meetjax.objectives.logps import answer_logps
 from meetjax.objectives.preference import Dpo
 from meetjax.objectives.representation import Rahf, Scit
 from meetjax.objectives.sft import ConditionalSft
@@ -41,6 +44,9 @@ TEACHERS = Stage((LORA,), ConditionalSft(per_class=True), Optim(learning_rate=3e
 BOTH_WAYS = View(instructions=("Be bad.", "Be good."))
 
 
+quick_logps = jax.jit(answer_logps, static_argnums=0, compiler_options=QUICK)
+
+
 @functools.cache
 def quick_step(config, stage, tx, microbatches):
     return jax.jit(make_step(config, stage, tx, microbatches).__wrapped__, donate_argnums=0, compiler_options=QUICK)
@@ -52,6 +58,8 @@ def surroundings(tmp_path_factory):
         patch.setenv("MEETJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(fit_module, "make_optimizer", functools.cache(make_optimizer))
         patch.setattr(fit_module, "make_step", quick_step)
+        for module in (preference_module, reference_module):
+            patch.setattr(module, "compiled_answer_logps", quick_logps)
         yield
 
 

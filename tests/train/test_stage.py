@@ -180,7 +180,7 @@ def test_every_objective_checks_its_numbers(name):
     check_recipe(recipe)
     objective = recipe.stages[0].objective
     assert objective == OBJECTIVES[name]()
-    assert objective.form in ("pair", "completion", "labelled")
+    assert objective.form in ("pair", "completion", "labelled", "edited")
     assert (objective.form == "labelled") == hasattr(objective, "partners")
     numbers = [field.name for field in dataclasses.fields(objective) if field.type in ("int", "float")]
     assert numbers == [bound[0] for bound in bounds_of(objective)]
