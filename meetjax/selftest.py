@@ -66,7 +66,9 @@ def _distance(ours: Any, theirs: Any) -> float:
 def _laws(model: Model, tolerance: float) -> Iterator[tuple[str, float, float]]:
     config, params = model.config, model.params
     records, _ = read_records("concise", "pair", limit=PAIRS)
-    rows, _ = tokenize_records(records, model.tokenizer, 192, "auto" if model.tokenizer.chat_template else "none")
+    rows, _ = tokenize_records(
+        records, model.tokenizer, min(config.max_position, 1024), "auto" if model.tokenizer.chat_template else "none"
+    )
     batch, chosen = next(iter(eval_batches(rows, PAIRS, choose_buckets(rows))))
     key = jax.random.key(0)
     fresh = {
