@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from meetjax.adapters.edit import EditSpec, init_edit
 from meetjax.adapters.tree import Bank
-from meetjax.train.optim import clip_by_column_norm
+from meetjax.train.optim import clip_by_column_norm, make_optimizer
+from meetjax.train.stage import Optim
 from meetjax.train.step import Parts
 from tests.conftest import TINY, assert_trees_close, random_bank
 
@@ -57,3 +59,25 @@ def test_no_gradient_stays_no_gradient():
     bank = jax.tree.map(jnp.zeros_like, random_bank(TINY, ("lora", "prompt"), entries=(0, 1)))
     for leaf in jax.tree.leaves(clipped(Parts(adapters=bank))):
         assert not np.asarray(leaf).any()
+
+
+def test_bfloat16_scales_would_stand_still():
+    """RED's released run in small: at rate 1e-3 a scale stored in bfloat16 never leaves 1; ours, a float32 difference from 1, learns."""
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(64, 8)), jnp.float32)
+    targets = inputs * jnp.linspace(0.9, 1.1, 8)[None]
+    tx = make_optimizer(Optim(learning_rate=1e-3, schedule="constant", warmup=0.0, clip=0.0), 40)
+
+    def learn(start, scale_of):
+        def loss(vector):
+            return jnp.mean((inputs * scale_of(vector).astype(jnp.float32)[None] - targets) ** 2)
+
+        vector, state = start, tx.init(start)
+        for _ in range(40):
+            updates, state = tx.update(jax.grad(loss)(vector), state, vector)
+            with jax.numpy_dtype_promotion("standard"):
+                vector = optax.apply_updates(vector, updates)
+        return np.asarray(scale_of(vector), np.float32)
+
+    np.testing.assert_array_equal(learn(jnp.ones(8, jnp.bfloat16), lambda scale: scale), np.ones(8))
+    ours = learn(init_edit(TINY, EditSpec()).down.s[0, 0, :8], lambda s: 1 + s)
+    assert (np.sign(ours - 1) == np.sign(np.linspace(-0.1, 0.1, 8))).all() and np.abs(ours - 1).min() > 0.01
