@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettemp
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -25,11 +26,14 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+import meetjax.train.fit as fit_module
 from meetjax.adapters.tree import KINDS, Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt
 from meetjax.models import sites
 from meetjax.models.config import ModelConfig, RopeScaling, from_hf
 from meetjax.models.decoder import apply, init_params
 from meetjax.models.load import load
+from meetjax.train.optim import make_optimizer
+from meetjax.train.step import make_step
 
 # A silent float32 -> bfloat16 or [D] -> [B, T, D] promotion is how a scanned or sharded program goes wrong without an error.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -337,6 +341,21 @@ def command(tmp_path_factory):
     server.stdin.close()
     server.wait()
     server.stdout.close()
+
+
+@functools.cache
+def quick_step(config, stage, tx, microbatches):
+    """`make_step`'s program compiled quickly, one for all runs of a stage."""
+    return jax.jit(make_step(config, stage, tx, microbatches).__wrapped__, donate_argnums=0, compiler_options=QUICK)
+
+
+@pytest.fixture(scope="module")
+def quick_training():
+    """`fit` in this process trains by `quick_step`. The command line runs it as users do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_module, "make_optimizer", functools.cache(make_optimizer))
+        patch.setattr(fit_module, "make_step", quick_step)
+        yield
 
 
 @pytest.fixture(scope="session")

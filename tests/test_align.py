@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
 import io
 import json
@@ -27,11 +26,9 @@ from meetjax.models.load import load
 from meetjax.objectives.preference import Dpo
 from meetjax.objectives.sft import Sft
 from meetjax.train.metrics import read_metrics
-from meetjax.train.optim import make_optimizer
 from meetjax.train.stage import Data, Optim, Recipe, Stage, Train
-from meetjax.train.step import make_step
 from meetjax.train.view import read_rows
-from tests.conftest import QUICK, write_pairs
+from tests.conftest import write_pairs
 
 SFT, DPO = Stage(("base",), Sft(), Optim(learning_rate=3e-3)), Stage(("base",), Dpo(), Optim(learning_rate=3e-3))
 EDIT = Stage((EditSpec(),), Dpo(), Optim(learning_rate=1e-2))
@@ -40,18 +37,10 @@ SUMS = 1e-4
 """Nats, on sums over a dozen tokens: the same scores from a program compiled for other batches."""
 
 
-@functools.cache
-def quick_step(config, stage, tx, microbatches):
-    """`make_step`'s program compiled quickly, one for all runs of a stage."""
-    return jax.jit(make_step(config, stage, tx, microbatches).__wrapped__, donate_argnums=0, compiler_options=QUICK)
-
-
 @pytest.fixture(autouse=True, scope="module")
-def surroundings(tmp_path_factory):
+def surroundings(quick_training, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEETJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(fit_module, "make_optimizer", functools.cache(make_optimizer))
-        patch.setattr(fit_module, "make_step", quick_step)
         yield
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import io
 import math
@@ -15,7 +14,6 @@ import pytest
 from rich.console import Console
 
 import meetjax.evaluate.preference as preference_module
-import meetjax.train.fit as fit_module
 import meetjax.train.reference as reference_module
 from meetjax.adapters.algebra import merge_model
 from meetjax.adapters.io import load_adapters
@@ -31,9 +29,7 @@ from meetjax.objectives.preference import Dpo
 from meetjax.objectives.representation import Rahf, Scit
 from meetjax.objectives.sft import ConditionalSft
 from meetjax.train.metrics import read_metrics
-from meetjax.train.optim import make_optimizer
 from meetjax.train.stage import Data, Evaluation, Optim, Recipe, Stage, Train, View, override
-from meetjax.train.step import make_step
 from tests.conftest import QUICK, write_pairs
 
 STEPS = 6
@@ -47,17 +43,10 @@ BOTH_WAYS = View(instructions=("Be bad.", "Be good."))
 quick_logps = jax.jit(answer_logps, static_argnums=0, compiler_options=QUICK)
 
 
-@functools.cache
-def quick_step(config, stage, tx, microbatches):
-    return jax.jit(make_step(config, stage, tx, microbatches).__wrapped__, donate_argnums=0, compiler_options=QUICK)
-
-
 @pytest.fixture(autouse=True, scope="module")
-def surroundings(tmp_path_factory):
+def surroundings(quick_training, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEETJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(fit_module, "make_optimizer", functools.cache(make_optimizer))
-        patch.setattr(fit_module, "make_step", quick_step)
         for module in (preference_module, reference_module):
             patch.setattr(module, "compiled_answer_logps", quick_logps)
         yield

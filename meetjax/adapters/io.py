@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from meetjax.adapters.tree import Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt, flatten, kinds
+from meetjax.adapters.tree import Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt, entry_axis, flatten, kinds
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
 
@@ -87,7 +87,7 @@ def load_adapters(folder: str | Path, fingerprint: str | None = None) -> Bank:
                 fields[kind] = Edit(**_by_site(own, EditSite, ("s", "t")), entries=entries)
             else:
                 fields[kind] = Identity({path.removeprefix("block/"): leaf for path, leaf in own.items()}, entries)
-            counts = {leaf.shape[0 if kind == "prompt" else 1] for leaf in own.values()}
+            counts = {leaf.shape[entry_axis(kind)] for leaf in own.values()}
             if counts != {len(entries)}:
                 raise ValueError(f"{len(entries)} gate columns for {sorted(counts)} adapters")
         except (KeyError, TypeError, ValueError, IndexError) as error:

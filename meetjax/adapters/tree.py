@@ -104,6 +104,11 @@ def kinds(bank: Bank) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if getattr(bank, kind) is not None)
 
 
+def entry_axis(kind: str) -> int:
+    """The axis E of a kind's leaves: soft prompts have no layers in front of it."""
+    return 0 if kind == "prompt" else 1
+
+
 def columns(bank: Bank) -> int:
     """A, the number of gate columns."""
     return 1 + max((max(getattr(bank, kind).entries) for kind in kinds(bank)), default=-1)

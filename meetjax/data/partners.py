@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from meetjax.data.tokenize import Rows, answer_ids, content_hash
+from meetjax.data.tokenize import Rows, answer_ids, make_rows
 from meetjax.errors import MeetjaxError
 
 
@@ -30,20 +30,9 @@ def with_partners(rows: Rows, max_length: int, seed: int = 0) -> Rows:
     for i, n in enumerate(order):
         step = next(step for step in range(1, count) if names[order[(i + step) % count]] != names[n])
         partner[n] = order[(i + step) % count]
-    ids, lengths, hashes = [], np.empty((count, 2), np.int32), []
+    kept = []
     for n, other in enumerate(partner.tolist()):
-        own = answer_ids(rows, n, 0)
         borrowed = answer_ids(rows, other, 0)[rows.starts[other, 0] :][: max(max_length - len(prompts[n]), 1)]
-        pair = [own, np.concatenate([prompts[n], borrowed])]
-        ids += pair
-        lengths[n] = [len(side) for side in pair]
-        hashes.append(content_hash(pair, [int(rows.starts[n, 0])] * 2))
-    ends = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape)
-    return dataclasses.replace(
-        rows,
-        ids=np.concatenate(ids),
-        offsets=ends - lengths,
-        starts=rows.starts.repeat(2, axis=1),
-        lengths=lengths,
-        hashes=np.array(hashes),
-    )
+        sides = [answer_ids(rows, n, 0), np.concatenate([prompts[n], borrowed])]
+        kept.append((int(rows.records[n]), sides, [len(prompts[n])] * 2))
+    return dataclasses.replace(make_rows(kept), classes=rows.classes, gates=rows.gates, shared_prompt=rows.shared_prompt)

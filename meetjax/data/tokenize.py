@@ -236,12 +236,12 @@ def make_rows(kept: list[tuple[int, list[np.ndarray], list[int]]]) -> Rows:
         starts=starts,
         lengths=lengths,
         common=np.array([_common(row[1], row[2]) for row in kept], np.int32),
-        hashes=np.array([content_hash(row[1], row[2]) for row in kept]),
+        hashes=np.array([_content_hash(row[1], row[2]) for row in kept]),
         records=np.array([row[0] for row in kept], np.int32),
     )
 
 
-def content_hash(ids: list[np.ndarray], starts: list[int]) -> str:
+def _content_hash(ids: list[np.ndarray], starts: list[int]) -> str:
     """Starts and lengths are hashed too: they say where prompts end, which the ids alone do not."""
     digest = hashlib.sha256(np.array([starts, [len(tokens) for tokens in ids]], "<i4").tobytes())
     for tokens in ids:

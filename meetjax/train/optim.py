@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from meetjax.adapters.tree import Bank, columns, kinds
+from meetjax.adapters.tree import Bank, columns, entry_axis, kinds
 from meetjax.train.stage import Optim
 from meetjax.types import Array
 
@@ -79,7 +79,7 @@ def _clip_bank(bank: Bank, limit: float) -> Bank:
     squares = jnp.zeros(columns(bank), jnp.float32)
     for kind in kinds(bank):
         tree = getattr(bank, kind)
-        axis = _axis(kind)
+        axis = entry_axis(kind)
         for leaf in jax.tree.leaves(tree):
             own = jnp.sum(jnp.square(leaf), axis=[i for i in range(leaf.ndim) if i != axis])
             squares = squares.at[jnp.asarray(tree.entries)].add(own)
@@ -87,14 +87,9 @@ def _clip_bank(bank: Bank, limit: float) -> Bank:
 
     def scaled(kind: str, leaf: Array) -> Array:
         own = factors[jnp.asarray(getattr(bank, kind).entries)]
-        return leaf * jnp.expand_dims(own, [i for i in range(leaf.ndim) if i != _axis(kind)])
+        return leaf * jnp.expand_dims(own, [i for i in range(leaf.ndim) if i != entry_axis(kind)])
 
     return Bank(**{kind: jax.tree.map(lambda leaf, kind=kind: scaled(kind, leaf), getattr(bank, kind)) for kind in kinds(bank)})
-
-
-def _axis(kind: str) -> int:
-    """The axis of a kind's leaves over its adapters: soft prompts have no layers in front of it."""
-    return 0 if kind == "prompt" else 1
 
 
 def _promoting(function: Callable) -> Callable:

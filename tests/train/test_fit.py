@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import os
@@ -17,7 +16,6 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
 
-import meetjax.train.fit as fit_module
 from meetjax.adapters.bank import init_bank
 from meetjax.adapters.edit import EditSpec
 from meetjax.adapters.lora import LoraSpec
@@ -28,12 +26,10 @@ from meetjax.errors import MeetjaxError
 from meetjax.objectives.preference import Dpo
 from meetjax.train.fit import Interrupted, fit
 from meetjax.train.metrics import read_metrics
-from meetjax.train.optim import make_optimizer
 from meetjax.train.reference import Reference
 from meetjax.train.sharding import make_mesh
 from meetjax.train.stage import Optim, Stage, Train
-from meetjax.train.step import make_step
-from tests.conftest import QUICK, RECIPE_STEPS, write_pairs, write_recipe
+from tests.conftest import RECIPE_STEPS, write_pairs, write_recipe
 
 LORA = LoraSpec(rank=2, sites=("q", "down"))
 STEPS, SAVE_EVERY, LENGTH = 8, 3, 64
@@ -46,18 +42,9 @@ def rows(model, tmp_path_factory):
     return tokenize_records(records, model.tokenizer, LENGTH)[0]
 
 
-@functools.cache
-def quick_step(config, stage, tx, microbatches):
-    """`make_step`'s program compiled quickly, one for all runs of a stage. The command line below runs it as users do."""
-    return jax.jit(make_step(config, stage, tx, microbatches).__wrapped__, donate_argnums=0, compiler_options=QUICK)
-
-
 @pytest.fixture(autouse=True, scope="module")
-def shared_programs():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit_module, "make_optimizer", functools.cache(make_optimizer))
-        patch.setattr(fit_module, "make_step", quick_step)
-        yield
+def shared_programs(quick_training):
+    yield
 
 
 class Disturbing(Reference):
