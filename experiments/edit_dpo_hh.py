@@ -1,6 +1,6 @@
 """RED by DPO on Anthropic HH harmless: two vectors a layer, 34,560 parameters.
 
-    meetjax align experiments/edit_dpo_hh.py --set data.path=HH.jsonl.gz --set train.steps=200
+    meetjax align experiments/edit_dpo_hh.py --set data.path=HH.jsonl.gz
 
 HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf (2,312 rows), which the measured numbers used; the default reads
 the larger train part from the hub. 500 prompts are held out, split by numpy's default_rng(0).
@@ -8,7 +8,7 @@ the larger train part from the hub. 500 prompts are held out, split by numpy's d
 
 from meetjax.adapters.edit import EditSpec
 from meetjax.objectives.preference import Dpo
-from meetjax.train.stage import Data, Optim, Recipe, Stage, Train
+from meetjax.train.stage import Data, Evaluation, Optim, Recipe, Stage, Train
 
 
 def get_config() -> Recipe:
@@ -17,4 +17,5 @@ def get_config() -> Recipe:
         data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
         train=Train(steps=200, batch_size=4),
         stages=(Stage((EditSpec(),), Dpo(beta=0.1), Optim(learning_rate=5e-3)),),
+        evaluation=Evaluation(prompts=100),
     )

@@ -1,13 +1,13 @@
 """CLM: one identity block by DPO on Anthropic HH harmless: 3,540,096 parameters.
 
-    meetjax align experiments/identity_dpo_hh.py --set data.path=HH.jsonl.gz --set train.steps=200
+    meetjax align experiments/identity_dpo_hh.py --set data.path=HH.jsonl.gz
 
 Data and split as in edit_dpo_hh.py.
 """
 
 from meetjax.adapters.identity import IdentitySpec
 from meetjax.objectives.preference import Dpo
-from meetjax.train.stage import Data, Optim, Recipe, Stage, Train
+from meetjax.train.stage import Data, Evaluation, Optim, Recipe, Stage, Train
 
 
 def get_config() -> Recipe:
@@ -16,4 +16,5 @@ def get_config() -> Recipe:
         data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
         train=Train(steps=200, batch_size=4),
         stages=(Stage((IdentitySpec(),), Dpo(beta=0.1), Optim(learning_rate=1e-4)),),
+        evaluation=Evaluation(prompts=100),
     )

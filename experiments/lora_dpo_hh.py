@@ -1,13 +1,13 @@
 """LoRA r16 on all linear sites by DPO on Anthropic HH harmless: 4,884,480 parameters.
 
-    meetjax align experiments/lora_dpo_hh.py --set data.path=HH.jsonl.gz --set train.steps=200
+    meetjax align experiments/lora_dpo_hh.py --set data.path=HH.jsonl.gz
 
 Data and split as in edit_dpo_hh.py.
 """
 
 from meetjax.adapters.lora import LoraSpec
 from meetjax.objectives.preference import Dpo
-from meetjax.train.stage import Data, Optim, Recipe, Stage, Train
+from meetjax.train.stage import Data, Evaluation, Optim, Recipe, Stage, Train
 
 
 def get_config() -> Recipe:
@@ -16,4 +16,5 @@ def get_config() -> Recipe:
         data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
         train=Train(steps=200, batch_size=4),
         stages=(Stage((LoraSpec(rank=16, alpha=32.0),), Dpo(beta=0.1), Optim(learning_rate=2e-4)),),
+        evaluation=Evaluation(prompts=100),
     )

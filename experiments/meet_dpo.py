@@ -19,8 +19,8 @@ def get_config() -> Recipe:
         data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
         train=Train(steps=200, batch_size=4),
         stages=(
-            Stage((controls,), ConditionalSft(per_class=True), Optim(learning_rate=1e-3), View(controls=2)),
-            Stage(("base", controls), Dpo(beta=0.1), Optim(1e-4, base_learning_rate=1e-5), View(gates=((0.0, 1.0),)), reference="start"),
+            Stage((controls,), ConditionalSft(per_class=True), Optim(learning_rate=1e-2), View(controls=2)),
+            Stage(("base", controls), Dpo(beta=0.1), Optim(1e-3, base_learning_rate=1e-5), View(gates=((0.0, 1.0),)), reference="start"),
         ),
         evaluation=Evaluation(prompts=100),
     )

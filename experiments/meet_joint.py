@@ -18,6 +18,6 @@ def get_config() -> Recipe:
         name="meet_joint",
         data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
         train=Train(steps=400, batch_size=8),
-        stages=(Stage(("base", controls), ConditionalSft(), Optim(learning_rate=1e-3, base_learning_rate=1e-5), view),),
+        stages=(Stage(("base", controls), ConditionalSft(), Optim(learning_rate=1e-2, base_learning_rate=1e-5), view),),
         evaluation=Evaluation(prompts=100),
     )

@@ -19,8 +19,8 @@ def get_config() -> Recipe:
         data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
         train=Train(steps=200, batch_size=8),
         stages=(
-            Stage((control,), ConditionalSft(), Optim(learning_rate=1e-3), view),
-            Stage(("base", control), ConditionalSft(), Optim(learning_rate=1e-4, base_learning_rate=1e-5), view),
+            Stage((control,), ConditionalSft(), Optim(learning_rate=1e-2), view),
+            Stage(("base", control), ConditionalSft(), Optim(learning_rate=1e-3, base_learning_rate=1e-5), view),
         ),
         evaluation=Evaluation(prompts=100),
     )

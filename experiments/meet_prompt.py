@@ -4,8 +4,8 @@
 
 HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. Xue et
 al. (2023), arXiv 2310.00819: stage 1 maximises the likelihood of each class under its own control, stage 2 that of both under
-model and controls. The paper's settings are not public; all numbers here are our choice. Held-out accuracy is of the contrast:
-s under the good control less s under the bad one.
+model and controls. The paper's settings are not public; all numbers here are our choice (at a rate of 1e-3 a prompt of this
+model stands still). Held-out accuracy is of the contrast: s under the good control less s under the bad one.
 """
 
 from meetjax.adapters.prompt import PromptSpec
@@ -21,8 +21,8 @@ def get_config() -> Recipe:
         data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
         train=Train(steps=200, batch_size=8),
         stages=(
-            Stage((controls,), ConditionalSft(per_class=True), Optim(learning_rate=1e-3), view),
-            Stage(("base", controls), ConditionalSft(), Optim(learning_rate=1e-4, base_learning_rate=1e-5), view),
+            Stage((controls,), ConditionalSft(per_class=True), Optim(learning_rate=1e-2), view),
+            Stage(("base", controls), ConditionalSft(), Optim(learning_rate=1e-3, base_learning_rate=1e-5), view),
         ),
         evaluation=Evaluation(prompts=100),
     )

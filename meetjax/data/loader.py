@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     real: int
 
 
-def choose_buckets(*tables: Rows, count: int = 8, multiple: int = 16) -> Buckets:
+def choose_buckets(*tables: Rows, count: int = 12, multiple: int = 16) -> Buckets:
     """The at most `count` padded lengths, multiples of `multiple`, that hold all rows of the tables with the least padding.
 
     Exact: best[k][j], the least padded tokens of rows up to the j-th length in k buckets, is min over i < j of

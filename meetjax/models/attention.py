@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from meetjax.models.config import ModelConfig
-from meetjax.models.layers import rope_angles, rotate
+from meetjax.models.layers import KEPT, rope_angles, rotate
 from meetjax.types import Array
 
 MASKED = -1e30
@@ -171,19 +172,63 @@ def attention(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[A
     cache at every step (measured on CPU, one query against 160 slots: 5 times slower).
     """
     batch, length, heads, width = q.shape
-    groups = k.shape[1]
-    q = jnp.moveaxis((q * width**-0.5).reshape(batch, length, groups, heads // groups, width), 1, 3)
-    q = q.reshape(batch, groups, -1, width)
-    scores = jax.lax.dot_general(q, k, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, groups, heads // groups, length, -1)
-    if bias is None:
-        scores = jnp.where(jnp.tril(jnp.ones((length, length), jnp.bool_))[None, None, None], scores, MASKED)
-    else:
-        scores = scores + bias[:, :, None]
-    weights = jax.nn.softmax(scores, axis=-1).reshape(batch, groups, -1, k.shape[2]).astype(v.dtype)
-    out = jax.lax.dot_general(weights, v, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
-    out = out.reshape(batch, groups, heads // groups, length, width).astype(v.dtype)
+    grouped = (q * width**-0.5).reshape(batch, length, k.shape[1], -1, width)
+    out = _softmax_product(jnp.moveaxis(grouped, 1, 3), k, v, bias)
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width)
+
+
+@jax.custom_vjp
+def _softmax_product(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], bias: Any) -> Array:
+    return _softmax_product_forward(q, k, v, bias)[0]
+
+
+def _softmax_product_forward(q: Array, k: Array, v: Array, bias: Any) -> tuple[Array, tuple]:
+    q, k, v = (checkpoint_name(x, KEPT) for x in (q, k, v))
+    scores = _scores(q, k, bias)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = checkpoint_name((_batched(weights.astype(v.dtype), v, 2) / total).astype(v.dtype), KEPT)
+    return out, (q, k, v, bias, out, checkpoint_name(top + jnp.log(total), KEPT))
+
+
+def _softmax_product_backward(kept: tuple, g: Array) -> tuple:
+    """Gradients from the kept log-normaliser: the weights w once more, then d scores = w (g v - sum_h g out)."""
+    q, k, v, bias, out, normaliser = kept
+    weights = jnp.exp(_scores(q, k, bias) - normaliser)
+    share = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    scores = weights * (_batched(g, v, 3) - share)
+    narrow = scores.astype(q.dtype)
+    own = None if bias is None else jnp.sum(scores, axis=(1, 2))[:, None]
+    return (
+        _batched(narrow, k, 2).astype(q.dtype),
+        _pooled(narrow, q).astype(k.dtype),
+        _pooled(weights.astype(g.dtype), g).astype(v.dtype),
+        own,
+    )
+
+
+_softmax_product.defvjp(_softmax_product_forward, _softmax_product_backward)
+
+
+def _scores(q: Array, k: Array, bias: Any) -> Float[Array, "B K G T S"]:
+    scores = _batched(q, k, 3)
+    if bias is None:
+        return jnp.where(jnp.tril(jnp.ones(scores.shape[3:], jnp.bool_)), scores, MASKED)
+    return scores + bias[:, :, None]
+
+
+def _batched(x: Float[Array, "B K G T X"], y: Float[Array, "B K ..."], axis: int) -> Float[Array, "B K G T Y"]:
+    """float32 product of x with its group's y over the last axis of x and `axis` of y: one matrix for all heads of a group."""
+    flat = x.reshape(*x.shape[:2], -1, x.shape[4])
+    product = jax.lax.dot_general(flat, y, (((3,), (axis,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    return product.reshape(*x.shape[:4], -1)
+
+
+def _pooled(x: Float[Array, "B K G T S"], y: Float[Array, "B K G T H"]) -> Float[Array, "B K S H"]:
+    """float32 sum over a group's heads and queries of x times y."""
+    x, y = (z.reshape(*z.shape[:2], -1, z.shape[4]) for z in (x, y))
+    return jax.lax.dot_general(x, y, (((2,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
 def make_attend(layout: Layout, windowed: bool | Array = True, cache: tuple[Array, Array] | None = None):

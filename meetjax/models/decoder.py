@@ -21,7 +21,7 @@ from meetjax.models.config import ModelConfig
 from meetjax.models.streams import block_gates, fan_out, kind_gates, make_streams, mix, repeat
 from meetjax.types import Array, Params
 
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names(layers.KEPT), "full": None}
 
 
 def _initializer(site: sites.Site) -> Callable:

@@ -5,22 +5,28 @@ Order inside a block, with every adapter site:
     x = norm(h);  q, k, v = edit(x W + b + lora(x));  rope;  attention;  h += edit(attn W_o + lora(attn))
     x = norm(h);  h += edit(silu(x W_gate + lora(x)) * (x W_up + lora(x))) W_down + lora)
 
-One primitive a kind: `lora_delta`, `edit_output`; soft prompts act in `attention.py`, the identity block is a call of `block`.
+One primitive a kind: `lora_deltas`, `edit_output`; soft prompts act in `attention.py`, the identity block is a call of `block`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from meetjax.models.config import ModelConfig
+from meetjax.models.products import dot
 from meetjax.types import BATCH_AXES, Array
+
+KEPT = "kept"
+"""Name of what recomputation under the policy "dots" keeps: outputs of linear sites, and what attention's gradient reads."""
 
 
 class Gates(NamedTuple):
@@ -40,12 +46,6 @@ def pin(h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     if not axes or h.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
         return h
     return jax.lax.with_sharding_constraint(h, PartitionSpec(axes, *[None] * (h.ndim - 1)))
-
-
-def dot(x: Float[Array, "... in"], w: Float[Array, "in out"]) -> Float[Array, "... out"]:
-    """x W in x's dtype with float32 accumulation (a bf16 product with a bf16 result is slower than float32 on CPU)."""
-    product = jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return product.astype(x.dtype)
 
 
 def along_last(vector: Float[Array, " D"], x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -89,17 +89,21 @@ def rotate(x: Float[Array, "B T N H"], angles: tuple[Array, Array]) -> Float[Arr
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def lora_delta(
-    x: Float[Array, "B T I"], a: Float[Array, "E I R"], b: Float[Array, "E R out"], gates: Float[Array, "B E"]
-) -> Float[Array, "B T out"]:
-    """sum_e g_e (x a_e) b_e: exact mixing by rank concatenation, the gate on the middle activation.
+def lora_deltas(
+    x: Float[Array, "B T I"], factors: Sequence[tuple[Float[Array, "E I R"], Float[Array, "E R out"]]], gates: Float[Array, "B E"]
+) -> list[Float[Array, "B T out"]]:
+    """sum_e g_e (x a_e) b_e for each (a, b): exact mixing by rank concatenation, the gate on the middle activation.
 
-    gates already carry alpha / rank. Interpolating a and b instead would add cross terms, so no function offers it.
+    Sites that read the same x share one product with all their a. gates already carry alpha / rank. Interpolating a and b instead
+    would add cross terms, so no function offers it.
     """
-    entries, _, rank = a.shape
-    middle = dot(x, jnp.moveaxis(a, 0, 1).reshape(a.shape[1], entries * rank))
-    middle = middle * jnp.repeat(gates, rank, axis=1)[:, None].astype(x.dtype)
-    return dot(middle, b.reshape(entries * rank, b.shape[2]))
+    flat = [jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1) for a, _ in factors]
+    middles = jnp.split(dot(x, jnp.concatenate(flat, axis=1)), np.cumsum([a.shape[1] for a in flat])[:-1].tolist(), axis=-1)
+    deltas = []
+    for middle, (a, b) in zip(middles, factors, strict=True):
+        gated = middle * jnp.repeat(gates, a.shape[2], axis=1)[:, None].astype(x.dtype)
+        deltas.append(dot(gated, b.reshape(-1, b.shape[2])))
+    return deltas
 
 
 def edit_output(
@@ -110,16 +114,22 @@ def edit_output(
     return (y.astype(jnp.float32) * (1 + scale) + bias).astype(y.dtype)
 
 
-def linear(x: Array, params: dict, site: str, lora: Any, edit: Any, gates: Gates) -> Array:
-    """One linear site of one layer: product, bias, then lora, then edit."""
-    y = dot(x, params[site])
-    if f"{site}_bias" in params:
-        y = y + along_last(params[f"{site}_bias"], y)
-    if (low_rank := getattr(lora, site, None)) is not None:
-        y = y + lora_delta(x, low_rank.a, low_rank.b, gates.lora)
-    if (vectors := getattr(edit, site, None)) is not None:
-        y = edit_output(y, vectors.s, vectors.t, gates.edit)
-    return y
+def linears(x: Array, params: dict, names: tuple[str, ...], lora: Any, edit: Any, gates: Gates) -> list[Array]:
+    """The linear sites of one layer that read x: product, bias, then lora, then edit."""
+    outputs = {site: dot(x, params[site]) for site in names}
+    for site in names:
+        if f"{site}_bias" in params:
+            outputs[site] += along_last(params[f"{site}_bias"], outputs[site])
+    factors = {site: low_rank for site in names if (low_rank := getattr(lora, site, None)) is not None}
+    if factors:
+        deltas = lora_deltas(x, [(low_rank.a, low_rank.b) for low_rank in factors.values()], gates.lora)
+        for site, delta in zip(factors, deltas, strict=True):
+            outputs[site] += delta
+    for site in names:
+        outputs[site] = checkpoint_name(outputs[site], KEPT)
+        if (vectors := getattr(edit, site, None)) is not None:
+            outputs[site] = edit_output(outputs[site], vectors.s, vectors.t, gates.edit)
+    return list(outputs.values())
 
 
 def block(config: ModelConfig, params: dict, h: Float[Array, "B T D"], lora: Any, edit: Any, gates: Gates, attend) -> tuple[Array, Any]:
@@ -129,12 +139,14 @@ def block(config: ModelConfig, params: dict, h: Float[Array, "B T D"], lora: Any
     """
     rows, length, _ = h.shape
     x = rms_norm(h, params["attn_norm"], config.norm_eps)
-    q, k, v = (linear(x, params, site, lora, edit, gates).reshape(rows, length, -1, config.head_width) for site in ("q", "k", "v"))
-    attended, extra = attend(q, k, v)
-    h = h + linear(attended.reshape(rows, length, -1), params, "o", lora, edit, gates)
+    heads = (y.reshape(rows, length, -1, config.head_width) for y in linears(x, params, ("q", "k", "v"), lora, edit, gates))
+    attended, extra = attend(*heads)
+    (o,) = linears(attended.reshape(rows, length, -1), params, ("o",), lora, edit, gates)
+    h = h + o
     x = rms_norm(h, params["mlp_norm"], config.norm_eps)
-    gated = jax.nn.silu(linear(x, params, "gate", lora, edit, gates)) * linear(x, params, "up", lora, edit, gates)
-    return h + linear(gated, params, "down", lora, edit, gates), extra
+    gate, up = linears(x, params, ("gate", "up"), lora, edit, gates)
+    (down,) = linears(jax.nn.silu(gate) * up, params, ("down",), lora, edit, gates)
+    return h + down, extra
 
 
 def head_of(params: dict) -> dict:

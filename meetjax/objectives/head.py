@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from meetjax.models.layers import head_of, logits, logits_transposed, pin
 from meetjax.types import BATCH_AXES, Array, Params
 
-CHUNK = 256
+CHUNK = 128
 """Positions of one device whose logits exist at one time: 50 MB for a vocabulary of 49,152."""
 
 
@@ -63,9 +63,13 @@ def _write(x: Array, part: Array, i: Array) -> Array:
 def _pull(head: Params, states: Float[Array, "W C D"], target: Int[Array, "W C"]) -> tuple[Array, Array]:
     """(log-probability of the target, its derivative in the logits: one-hot less softmax)."""
     z = logits(head, states)
-    normaliser = jax.nn.logsumexp(z, axis=2)
-    own = jnp.take_along_axis(z, target[:, :, None], axis=2)[:, :, 0] - normaliser
-    return own, jax.nn.one_hot(target, z.shape[2], dtype=z.dtype) - jnp.exp(z - normaliser[:, :, None])
+    own = jnp.take_along_axis(z, target[:, :, None], axis=2)
+    top = jnp.max(z, axis=2, keepdims=True)
+    # Behind a barrier: fused into the sum, the exponential runs on CPU at a tenth of its speed, and once more for the softmax.
+    powers = jax.lax.optimization_barrier(jnp.exp(z - top))
+    total = jnp.sum(powers, axis=2, keepdims=True)
+    pull = jax.nn.one_hot(target, z.shape[2], dtype=z.dtype) - powers / total
+    return (own - top - jnp.log(total))[:, :, 0], pull
 
 
 def _run(head: Params, hidden: Array, source: Array, targets: Array, scored: Array, slopes: Array | None) -> tuple[Array, Array | None]:

@@ -100,9 +100,9 @@ def test_mix_is_linear_in_delta():
     normal = lambda *shape: jnp.asarray(draw.normal(size=shape), jnp.float32)  # noqa: E731
     x, a, b, s, t, gates = normal(4, 5, 8), normal(2, 8, 3), normal(2, 3, 6), normal(2, 8), normal(2, 8), normal(4, 2)
     one_hot = [jnp.tile(row[None], (4, 1)) for row in jnp.eye(2)]
-    parts = [layers.lora_delta(x, a, b, hot) for hot in one_hot]
+    parts = [layers.lora_deltas(x, [(a, b)], hot)[0] for hot in one_hot]
     expected = sum(gates[:, i, None, None] * part for i, part in enumerate(parts))
-    assert_close(layers.lora_delta(x, a, b, gates), expected)
+    assert_close(layers.lora_deltas(x, [(a, b)], gates)[0], expected)
     parts = [layers.edit_output(x, s, t, hot) - x for hot in one_hot]
     expected = sum(gates[:, i, None, None] * part for i, part in enumerate(parts))
     assert_close(layers.edit_output(x, s, t, gates) - x, expected)
@@ -112,7 +112,7 @@ def test_lora_mixing_is_not_interpolation_of_factors():
     """(a1 + a2)(b1 + b2) has the cross terms a1 b2 + a2 b1, which mixing must not have."""
     draw = np.random.default_rng(0)
     x, a, b = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in ((1, 2, 8), (2, 8, 3), (2, 3, 6)))
-    mixed = layers.lora_delta(x, a, b, jnp.full((1, 2), 0.5))
+    mixed = layers.lora_deltas(x, [(a, b)], jnp.full((1, 2), 0.5))[0]
     assert_close(mixed, x @ (0.5 * a[0] @ b[0] + 0.5 * a[1] @ b[1])[None])
     assert_differs(mixed, x @ (a.mean(0) @ b.mean(0))[None])
 
