@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
+from meetjax.models.bits import keep
 from meetjax.models.config import ModelConfig
-from meetjax.models.layers import KEPT, rope_angles, rotate
+from meetjax.models.layers import rope_angles, rotate
 from meetjax.types import Array
 
 MASKED = -1e30
@@ -183,13 +183,13 @@ def _softmax_product(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v
 
 
 def _softmax_product_forward(q: Array, k: Array, v: Array, bias: Any) -> tuple[Array, tuple]:
-    q, k, v = (checkpoint_name(x, KEPT) for x in (q, k, v))
+    q, k, v = (keep(x) for x in (q, k, v))
     scores = _scores(q, k, bias)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = checkpoint_name((_batched(weights.astype(v.dtype), v, 2) / total).astype(v.dtype), KEPT)
-    return out, (q, k, v, bias, out, checkpoint_name(top + jnp.log(total), KEPT))
+    out = keep((_batched(weights.astype(v.dtype), v, 2) / total).astype(v.dtype))
+    return out, (q, k, v, bias, out, keep(top + jnp.log(total)))
 
 
 def _softmax_product_backward(kept: tuple, g: Array) -> tuple:

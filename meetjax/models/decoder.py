@@ -17,11 +17,12 @@ from jaxtyping import Float, Int
 from meetjax.errors import MeetjaxError
 from meetjax.models import layers, sites
 from meetjax.models.attention import Rows, make_attend, make_layout, make_step_layout, text_rows
+from meetjax.models.bits import KEPT_ONLY, held, to_bits
 from meetjax.models.config import ModelConfig
 from meetjax.models.streams import block_gates, fan_out, kind_gates, make_streams, mix, repeat
 from meetjax.types import Array, Params
 
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names(layers.KEPT), "full": None}
+REMAT_POLICIES = {"dots": KEPT_ONLY, "full": None}
 
 
 def _initializer(site: sites.Site) -> Callable:
@@ -43,16 +44,23 @@ class Block(nn.Module):
 
     config: ModelConfig
     keep: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, carry: tuple[Array, Any], layer: dict[str, Any], shared: tuple) -> tuple[tuple[Array, Any], Any]:
         h, taps = carry
         table = sites.block_sites(self.config)
         params = {name: self.param(name, _initializer(site), sites.shape(self.config, site)) for name, site in table.items()}
-        layout, gates = shared
-        attend = make_attend(layout, layer["windowed"], layer["cache"])
-        h, cache = layers.block(self.config, params, layers.pin(h), layer["lora"], layer["edit"], gates, attend)
-        h = layers.pin(h)
+
+        def run(params: dict, bits: Array, h: Array, layer: dict[str, Any], shared: tuple) -> tuple[Array, Any]:
+            layout, gates = shared
+            attend = make_attend(layout, layer["windowed"], layer["cache"])
+            h, cache = layers.block(self.config, params, layers.pin(held(bits, h)), layer["lora"], layer["edit"], gates, attend)
+            return layers.pin(h), cache
+
+        if self.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        h, cache = run(params, to_bits(h), h, layer, shared)
         if taps is not None:
             taps = jax.lax.dynamic_update_index_in_dim(taps, h, layer["tap"], 0)
         return (h, taps), cache if self.keep else None
@@ -85,11 +93,10 @@ class Decoder(nn.Module):
         if taps is not None and 0 in self.taps:
             taps = taps.at[self.taps.index(0)].set(h)
         if self.stacked:
-            body = Block if config.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
             scanned: Any = (0, nn.broadcast)
-            scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=scanned, length=config.layers)
+            scan = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=scanned, length=config.layers)
             layer = {"windowed": jnp.asarray(windowed), "lora": lora, "edit": edit, "cache": None, "tap": jnp.asarray(places)}
-            (h, taps), _ = scan(config, name="blocks")((h, taps), layer, shared)
+            (h, taps), _ = scan(config, remat=config.remat, name="blocks")((h, taps), layer, shared)
         else:
             for i in range(config.layers):
                 own = jax.tree.map(lambda leaf, i=i: leaf[i], {"lora": lora, "edit": edit})

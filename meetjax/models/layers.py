@@ -17,16 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
+from meetjax.models.bits import keep
 from meetjax.models.config import ModelConfig
 from meetjax.models.products import dot
 from meetjax.types import BATCH_AXES, Array
-
-KEPT = "kept"
-"""Name of what recomputation under the policy "dots" keeps: outputs of linear sites, and what attention's gradient reads."""
 
 
 class Gates(NamedTuple):
@@ -126,7 +123,7 @@ def linears(x: Array, params: dict, names: tuple[str, ...], lora: Any, edit: Any
         for site, delta in zip(factors, deltas, strict=True):
             outputs[site] += delta
     for site in names:
-        outputs[site] = checkpoint_name(outputs[site], KEPT)
+        outputs[site] = keep(outputs[site])
         if (vectors := getattr(edit, site, None)) is not None:
             outputs[site] = edit_output(outputs[site], vectors.s, vectors.t, gates.edit)
     return list(outputs.values())

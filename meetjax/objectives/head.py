@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from meetjax.models.layers import head_of, logits, logits_transposed, pin
 from meetjax.types import BATCH_AXES, Array, Params
 
-CHUNK = 128
+CHUNK = 256
 """Positions of one device whose logits exist at one time: 50 MB for a vocabulary of 49,152."""
 
 

@@ -13,15 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from meetjax.adapters.bank import KIND_OF
 from meetjax.adapters.tree import Bank, count_parameters
-from meetjax.data.loader import Buckets, loader
+from meetjax.data.loader import Buckets, Plan, loader, pad_batch
 from meetjax.data.tokenize import Rows
 from meetjax.errors import MeetjaxError
 from meetjax.models.config import ModelConfig
 from meetjax.train.checkpoint import Checkpoints
+from meetjax.train.memory import choose_remat, compile_step
 from meetjax.train.metrics import MetricsLog
 from meetjax.train.optim import make_optimizer
 from meetjax.train.reference import Reference
@@ -52,14 +54,16 @@ def fit(
     identity: dict[str, Any],
     reference: Reference | None = None,
     teacher: Bank | None = None,
+    remat: str = "auto",
     title: str = "train",
     console: Console | None = None,
 ) -> tuple[Params, Bank]:
     """Trains what `stage` names on `rows` and returns (params, bank); everything lands under `folder`.
 
     Continues from the newest checkpoint there, bit for bit. A batch is `train.batch_size` prompts. identity: what a checkpoint
-    must agree with to be resumed; teacher: the frozen bank of an objective that asks one. Raises MeetjaxError when the loss is not
-    finite (naming the last good checkpoint), when nothing trains, when a checkpoint is of another run; Interrupted after SIGTERM.
+    must agree with to be resumed; teacher: the frozen bank of an objective that asks one; remat: as in `choose_remat`. Raises
+    MeetjaxError when the loss is not finite (naming the last good checkpoint), when nothing trains, when a checkpoint is of another
+    run; Interrupted after SIGTERM.
     """
     base = "base" in stage.trains
     named = tuple(KIND_OF[type(spec)] for spec in stage.trains if spec != "base")
@@ -68,7 +72,10 @@ def fit(
     # The step reuses the buffers of its state: what trains is a copy, and what is passed in stays valid.
     trainable = jax.tree.map(jnp.copy, trainable if base else jax.device_put(trainable, replicated(mesh)))
     tx = make_optimizer(stage.optim, train.steps)
-    step = make_step(config, stage, tx, train.microbatches)
+
+    def make(policy: str):
+        return make_step(dataclasses.replace(config, remat=policy), stage, tx, train.microbatches)
+
     if stage.objective.needs_reference and reference is None:
         reference = Reference(config, params)
     batches = loader(rows, train.batch_size, buckets, train.seed)
@@ -83,20 +90,25 @@ def fit(
         begin, saved = int(state.step), int(state.step)
         unit = "pairs" if stage.objective.form == "pair" else "examples"
         log = MetricsLog(folder, train.steps, begin, unit, title, console)
-        seen: set[int] = set()
         with log:
             log.console.print(f"{title}: {count_parameters(trainable):,} parameters train, steps {begin} to {train.steps}")
-            pending = None
+            largest = put_batch(_largest(rows, train.batch_size, buckets, stage), mesh)
+            step, why = choose_remat(remat, make, (state, frozen, largest), mesh.devices.flat[0])
+            log.console.print(f"{title}: {why}")
+            seen, pending = {buckets[-1]}, None
             for number in range(begin + 1, train.steps + 1):
                 batch, chosen = next(batches)
                 if reference is not None and stage.objective.needs_reference:
                     batch = reference.attach(batch, rows, chosen, mesh)
-                state, metrics = step(state, frozen, put_batch(batch, mesh))
+                batch = put_batch(batch, mesh)
+                timed = (width := batch.tokens.shape[-1]) in seen
+                if not timed:
+                    seen.add(width)
+                    log.console.print(f"{title}: compiled for {width} tokens in {compile_step(step, state, frozen, batch).seconds:.1f} s")
+                state, metrics = step(state, frozen, batch)
                 if pending is not None:  # one step late, so that the device never waits for the host
                     _write(log, *pending, checkpoints)
-                width = batch.tokens.shape[-1]
-                pending = (number, metrics, float(batch.weights.sum()), _tokens(batch), width in seen)
-                seen.add(width)
+                pending = (number, metrics, float(batch.weights.sum()), _tokens(batch), timed)
                 stopping = stop.is_set()  # read once, so that the loop does not end on a step that is not saved
                 if number % train.save_every == 0 or number == train.steps or stopping:
                     _write(log, *pending, checkpoints)  # nothing that is not finite is ever saved
@@ -108,6 +120,14 @@ def fit(
     if stop.is_set():
         raise Interrupted(saved, folder)
     return join(state.trainable, Parts(frozen.params, frozen.adapters))
+
+
+def _largest(rows: Rows, batch_size: int, buckets: Buckets, stage: Stage) -> Batch:
+    """A batch of the longest bucket's shape, for compiling; its content means nothing."""
+    batch, _ = pad_batch(rows, Plan(buckets[-1], np.arange(batch_size) % len(rows), batch_size))
+    if stage.objective.needs_reference:
+        batch = dataclasses.replace(batch, ref_logps=np.zeros(batch.starts.shape, np.float32))
+    return batch
 
 
 def _tokens(batch: Batch) -> int:

@@ -143,7 +143,7 @@ class Recipe:
     stages: tuple[Stage, ...] = (Stage(),)
     out: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["auto", "none", "dots", "full"] = "auto"
     evaluation: Evaluation = Evaluation()
 
 
