@@ -42,11 +42,18 @@ class RowSampling:
 
 
 def filtered(logits: Float[Array, "B V"], rows: RowSampling) -> Float[Array, "B V"]:
-    """Scaled logits with everything outside top-k and top-p (Holtzman et al. 2020, arXiv 1904.09751) at -inf."""
+    """Scaled logits with everything outside top-k and top-p (Holtzman et al. 2020, arXiv 1904.09751) at -inf.
+
+    Sorting a vocabulary takes longer than the model: nothing is sorted unless a row asks for it.
+    """
     scaled = logits / jnp.maximum(rows.temperature, 1e-6)[:, None]
+    return jax.lax.cond(jnp.any((rows.top_k > 0) | (rows.top_p < 1)), _cut, lambda scaled, _: scaled, scaled, rows)
+
+
+def _cut(scaled: Float[Array, "B V"], rows: RowSampling) -> Float[Array, "B V"]:
     order = jnp.argsort(-scaled, axis=-1)
     ranked = jnp.take_along_axis(scaled, order, axis=-1)
-    rank = jnp.arange(logits.shape[-1])[None]
+    rank = jnp.arange(scaled.shape[-1])[None]
     mass = jax.nn.softmax(jnp.where((rows.top_k[:, None] == 0) | (rank < rows.top_k[:, None]), ranked, -jnp.inf), axis=-1)
     before = jnp.cumsum(mass, axis=-1) - mass
     keep = (before < rows.top_p[:, None]) & (mass > 0)
