@@ -2,7 +2,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test check parity results setup setup-parity
+DATA ?= Anthropic/hh-rlhf:harmless-base
+
+.PHONY: demo test check parity bench results setup setup-parity
 
 demo: setup
 	$(BIN)/meetjax demo
@@ -17,6 +19,9 @@ check: setup
 
 parity: setup-parity
 	$(BIN)/python -m pytest tests/parity
+
+bench: setup-parity
+	$(BIN)/python experiments/bench/bench.py --data $(DATA)
 
 results: setup
 	$(BIN)/python experiments/results.py

@@ -1,0 +1,225 @@
+"""meetjax beside trl + peft and transformers on this machine, in alternation: `make bench DATA=HH.jsonl.gz`.
+
+    python experiments/bench/bench.py --data HH.jsonl.gz [--rounds 5] [--only dpo-f32,sft,...] [--out runs/bench]
+
+SmolLM2-135M-Instruct, LoRA r16 on all linear sites, HH harmless, 8 pairs a batch, at most 512 tokens. Each side composes the
+batches of an epoch in its own way (trl: shuffled, and again grouped by length; the faster counts), and each round trains on two
+batches that are as far below the middle of the epoch's costs as above it. Steps are timed after a warm-up; scoring by the
+reference is part of the time on both sides. Writes summary.json, a list of {"name", "goal", "measured", "ok"}, and log files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from worker import Worker
+
+HERE = Path(__file__).parent
+CONSOLE = Console()
+PARTS = ("dpo-f32", "dpo-bf16", "sft-f32", "losses", "generate", "decode", "first-step", "recompiles")
+
+
+class Bench:
+    """Rows of the table, and the two sides that a part needs."""
+
+    def __init__(self, data: str, out: Path, rounds: int):
+        self.data, self.out, self.rounds = data, out, rounds
+        self.rows: list[dict[str, Any]] = []
+        out.mkdir(parents=True, exist_ok=True)
+
+    def ours(self, task: str, dtype: str) -> Worker:
+        return Worker(HERE / "ours.py", str(self.out), task, dtype, self.data, log=self.out / "ours.log")
+
+    def theirs(self, task: str, dtype: str, variant: str) -> Worker:
+        return Worker(HERE / "theirs.py", str(self.out), task, dtype, variant, log=self.out / "theirs.log")
+
+    def add(self, name: str, goal: str, measured: float, ok: bool, detail: str = "") -> None:
+        self.rows.append({"name": name, "goal": goal, "measured": round(measured, 4), "ok": ok, "detail": detail})
+        CONSOLE.print(f"{name}: {measured:.3g} (goal {goal}) {'met' if ok else 'MISSED'} {detail}")
+        (self.out / "summary.json").write_text(json.dumps(self.rows, indent=1) + "\n")
+
+    def training(self, task: str, dtype: str, goal: float) -> None:
+        """Rounds of two batches a side; rows for throughput, and for float32 DPO memory and the share of the matmul rate."""
+        ours, lengths = self.ours(task, dtype), json.loads((self.out / "lengths.json").read_text())
+        epoch = ours.ask("epoch")
+        sampled = spaced(epoch, self.rounds)
+        ours.ask("train", batches=[batch for pair in sampled for batch in pair])  # every program compiled and run once
+        shuffled = shuffled_epoch(lengths, 8)
+        grouped = [sorted(range(len(lengths)), key=lengths.__getitem__)[i : i + 8] for i in range(0, len(lengths) - 7, 8)]
+        variants = {"autocast": "-", "pure": "pure"} if dtype == "bfloat16" else {"plain": "-"}
+        variants |= {f"{name}, reference ahead": f"{set_},precompute" for name, set_ in variants.items()} if task == "dpo" else {}
+        rates: dict[str, float] = {}
+        sides: dict[str, Worker] = {}
+        for name, variant in variants.items():
+            for order, batches in (("shuffled", shuffled), ("grouped by length", grouped)):
+                side = sides.setdefault(name, self.theirs(task, dtype, variant))
+                first = spaced(batches, 1)[0]
+                side.ask("train", batches=first[:1], learning_rate=2e-4)
+                found = side.ask("train", batches=first, learning_rate=2e-4)
+                rates[f"{name}, {order}"] = work(first, lengths, task) / (sum(found["seconds"]) + found["reference"])
+        best = max(rates, key=rates.__getitem__)
+        name, order = best.rsplit(", ", 1)
+        theirs, batches = sides.pop(name), spaced(shuffled if order == "shuffled" else grouped, self.rounds)
+        for side in sides.values():
+            side.close()
+        mine, other, shares = [], [], []
+        for own, given in zip(sampled, batches, strict=True):
+            rate = ours.ask("matmul")
+            found = ours.ask("train", batches=own)
+            spent = sum(found["seconds"])
+            shares.append(sum(found["flops"]) / spent / rate)
+            mine.append(work(own, lengths, task) / (spent + sum(found["reference"])))
+            found = theirs.ask("train", batches=given, learning_rate=2e-4)
+            other.append(work(given, lengths, task) / (sum(found["seconds"]) + found["reference"]))
+        ratios = [a / b for a, b in zip(mine, other, strict=True)]
+        unit = "pairs/s" if task == "dpo" else "tokens/s"
+        detail = f"{median(mine):.3g} against {median(other):.3g} {unit} ({best}); rounds {' '.join(f'{r:.2f}' for r in ratios)}"
+        self.add(f"{task} {unit}, {dtype}, against trl", f">= {goal}x", median(ratios), median(ratios) >= goal, detail)
+        peaks = ours.close(), theirs.close()
+        if task == "dpo" and dtype == "float32":
+            share = peaks[0] / peaks[1]
+            self.add("peak RSS of DPO, float32, against trl", "<= 0.25x", share, share <= 0.25, f"{peaks[0]:.2f} against {peaks[1]:.2f} GB")
+            detail = f"rounds {' '.join(f'{s:.2f}' for s in shares)}"
+            self.add("useful FLOPs a second of DPO over the matmul rate, float32", ">= 0.6", median(shares), median(shares) >= 0.6, detail)
+
+    def losses(self, steps: int = 30) -> None:
+        """Both sides on the same batches in the same order, from the same LoRA."""
+        ours, theirs = self.ours("dpo", "float32"), self.theirs("dpo", "float32", "-")
+        epoch = ours.ask("epoch")
+        batches = [epoch[i] for i in np.linspace(0, len(epoch) // 4, steps).astype(int)]  # the cheaper quarter, to save time
+        mine = ours.ask("train", batches=batches)["losses"]
+        other = theirs.ask("train", batches=batches, learning_rate=2e-4)["losses"]
+        worst = max(abs(a - b) for a, b in zip(mine, other, strict=True))
+        self.add(
+            f"largest difference of the loss over {steps} steps", "<= 1e-3", worst, worst <= 1e-3, f"last {mine[-1]:.5f}, {other[-1]:.5f}"
+        )
+        ours.close(), theirs.close()
+
+    def generate(self) -> None:
+        ours, theirs = self.ours("generate", "float32"), self.theirs("generate", "float32", "-")
+        asked = {"prompts": list(range(8)), "new_tokens": 128}
+        ratios = [theirs.ask("generate", **asked) / ours.ask("generate", **asked) for _ in range(self.rounds)]
+        seconds = ours.ask("generate", **asked)
+        detail = f"{8 * 128 / seconds:.0f} tokens/s; rounds {' '.join(f'{r:.2f}' for r in ratios)}"
+        self.add("generation of 8 x 128 tokens against transformers", ">= 3x", median(ratios), median(ratios) >= 3, detail)
+        ours.close(), theirs.close()
+
+    def decode(self) -> None:
+        ours = self.ours("generate", "float32")
+        asked = {"prompts": list(range(8)), "new_tokens": 128}
+        for kind, goal in (("prompt", 1.05), ("edit", 1.05), ("lora", 1.15)):
+            ratios = [ours.ask("generate", **asked, kind=kind) / ours.ask("generate", **asked) for _ in range(2 * self.rounds)]
+            detail = f"rounds {' '.join(f'{r:.2f}' for r in ratios)}"
+            self.add(f"decoding with 8 {kind} adapters against none", f"<= {goal}x", median(ratios), median(ratios) <= goal, detail)
+        ours.close()
+
+    def first_step(self) -> None:
+        recipe = HERE.parent / "lora_dpo_hh.py"
+        with tempfile.TemporaryDirectory() as folder:
+            for name, goal in (("cold", 60), ("with the compile cache", 15)):
+                seconds = first_step(recipe, self.data, Path(folder))
+                self.add(f"seconds to the first step, {name}", f"<= {goal}", seconds, seconds <= goal)
+
+    def recompiles(self) -> None:
+        ours = self.ours("dpo", "float32")
+        count = ours.ask("recompiles")
+        self.add("compilations after warm-up over an epoch", "0", count, count == 0)
+        ours.close()
+
+
+def first_step(recipe: Path, data: str, folder: Path) -> float:
+    """Seconds from the start of `meetjax align` to its first step being logged."""
+    out = folder / f"run-{time.time_ns()}"
+    settings = [f"data.path={data}", "data.max_length=512", "train.batch_size=8", "train.steps=1000", f"out={out}"]
+    command = [sys.executable, "-m", "meetjax.cli", "align", str(recipe)] + [word for s in settings for word in ("--set", s)]
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "MEETJAX_REFERENCE": "",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    begun = time.perf_counter()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    metrics = out / "stage-0" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n")):
+        if process.poll() is not None:
+            raise SystemExit("meetjax align ended before its first step")
+        time.sleep(0.05)
+    seconds = time.perf_counter() - begun
+    process.terminate()
+    process.wait()
+    return seconds
+
+
+def work(batches: list[list[int]], lengths: list[int], task: str) -> float:
+    """Pairs, or tokens of prompts and answers, in these batches."""
+    return float(sum(len(rows) if task == "dpo" else sum(lengths[n] for n in rows) for rows in batches))
+
+
+def spaced(batches: list[list[int]], rounds: int) -> list[list[list[int]]]:
+    """Two batches a round, i and its mirror image, at even places of an epoch that is ordered by cost."""
+    places = ((np.arange(2 * rounds) + 0.5) / (2 * rounds) * len(batches)).astype(int)
+    return [[batches[places[i]], batches[places[-1 - i]]] for i in range(rounds)]
+
+
+def shuffled_epoch(lengths: list[int], batch: int) -> list[list[int]]:
+    """Batches of a shuffled epoch, ordered by the longest row of each."""
+    order = np.random.default_rng(0).permutation(len(lengths)).tolist()
+    batches = [order[i : i + batch] for i in range(0, len(order) - batch + 1, batch)]
+    return sorted(batches, key=lambda rows: max(lengths[n] for n in rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="HH harmless, harmless-base/test.jsonl.gz")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run, of " + ", ".join(PARTS))
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    asked = parser.parse_args()
+    bench = Bench(asked.data, asked.out, asked.rounds)
+    prepared = bench.ours("dpo", "float32")
+    prepared.ask("prepare")
+    prepared.close()
+    rows = json.loads((asked.out / "rows.json").read_text())
+    lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row.get("rejected_ids", ()))) for row in rows]
+    (asked.out / "lengths.json").write_text(json.dumps(lengths))
+    runs = {
+        "dpo-f32": lambda: bench.training("dpo", "float32", 6.0),
+        "dpo-bf16": lambda: bench.training("dpo", "bfloat16", 5.0),
+        "sft-f32": lambda: bench.training("sft", "float32", 2.5),
+        "losses": bench.losses,
+        "generate": bench.generate,
+        "decode": bench.decode,
+        "first-step": bench.first_step,
+        "recompiles": bench.recompiles,
+    }
+    for part in asked.only.split(","):
+        CONSOLE.rule(part)
+        runs[part]()
+    table = Table("what", "goal", "measured", "", title=machine())
+    for row in bench.rows:
+        table.add_row(row["name"], row["goal"], f"{row['measured']:.4g}", "met" if row["ok"] else "missed")
+    CONSOLE.print(table)
+
+
+def machine() -> str:
+    """Cores, processor and versions, for the head of the table."""
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch", "trl", "peft", "transformers"))
+    return f"{len(os.sched_getaffinity(0))} x {names[0] if names else 'CPU'}; {versions}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""meetjax, told to train on given batches: `python ours.py FOLDER TASK DTYPE DATA`. TASK is dpo, sft or generate.
+
+`prepare` writes to FOLDER what both sides start from: the model as a Hugging Face folder, the rows as token ids and a LoRA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from safetensors.numpy import save_file
+from worker import serve
+
+from meetjax.adapters.bank import init_bank
+from meetjax.adapters.edit import EditSpec
+from meetjax.adapters.io import lora_to_peft
+from meetjax.adapters.lora import LoraSpec
+from meetjax.adapters.prompt import PromptSpec
+from meetjax.data.loader import Plan, make_batches, pad_batch
+from meetjax.data.tokenize import answer_ids, laid_lengths
+from meetjax.generate.decode import generate_tokens
+from meetjax.generate.requests import BUCKET
+from meetjax.generate.sampling import RowSampling
+from meetjax.models import sites
+from meetjax.models.decoder import init_params, unstack
+from meetjax.models.load import load
+from meetjax.models.save import save_model
+from meetjax.objectives.logps import compiled_answer_logps
+from meetjax.objectives.preference import Dpo
+from meetjax.objectives.sft import Sft
+from meetjax.train.memory import compile_step
+from meetjax.train.optim import make_optimizer
+from meetjax.train.stage import Data, Optim, Stage
+from meetjax.train.step import init_state, make_step, partition
+from meetjax.train.view import read_rows
+from meetjax.types import Batch
+
+FOLDER, TASK, DTYPE, DATA = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+LORA = LoraSpec(rank=16, alpha=32.0, sites=sites.LINEAR)
+BATCH, LENGTH = 8, 512
+MODEL = load("smollm2-135m-instruct", dtype=DTYPE)
+CONFIG = dataclasses.replace(MODEL.config, dtype=DTYPE, remat="dots")
+STAGE = Stage((LORA,), Sft() if TASK == "sft" else Dpo(beta=0.1), Optim(learning_rate=2e-4, schedule="constant", warmup=0.0))
+SPLIT = read_rows(Data(path=DATA, held_out=500, max_length=LENGTH), STAGE, MODEL.tokenizer, Console(stderr=True))
+ROWS, BUCKETS = SPLIT.train, SPLIT.buckets
+BANK = init_bank(CONFIG, MODEL.params, (LORA,), MODEL.tokenizer, jax.random.key(0))
+TRAINABLE, FROZEN = partition(MODEL.params, BANK, kinds=("lora",), base=False)
+TX = make_optimizer(STAGE.optim, 1000)
+STEP = make_step(CONFIG, STAGE, TX)
+
+
+def prepare() -> int:
+    """Writes the model, the rows and the LoRA; returns the number of rows."""
+    save_model(MODEL, FOLDER / "model")
+    assert BANK.lora is not None
+    save_file(lora_to_peft(BANK.lora), FOLDER / "lora.safetensors")
+    rows = []
+    for n in range(len(ROWS)):
+        ids = [answer_ids(ROWS, n, c).tolist() for c in range(ROWS.starts.shape[1])]
+        starts = ROWS.starts[n]
+        names = ("chosen_ids", "rejected_ids")[: len(ids)]
+        rows.append({"prompt_ids": ids[0][: starts[0]]} | {name: own[start:] for name, own, start in zip(names, ids, starts, strict=True)})
+    (FOLDER / "rows.json").write_text(json.dumps(rows))
+    return len(rows)
+
+
+def epoch() -> list[list[int]]:
+    """Rows of each batch of an epoch, cheap batches first."""
+    return [plan.rows.tolist() for plan in sorted(make_batches(ROWS, BATCH, BUCKETS, 0), key=lambda plan: plan.length)]
+
+
+def _batch(rows: list[int]) -> Batch:
+    length = next(bucket for bucket in BUCKETS if bucket >= laid_lengths(ROWS)[rows].max())
+    return jax.tree.map(jnp.asarray, pad_batch(ROWS, Plan(length, np.asarray(rows), len(rows)))[0])
+
+
+def train(batches: list[list[int]]) -> dict[str, Any]:
+    """Of training on these rows, by step: "seconds", "losses", "reference" (seconds of scoring), "tokens", "flops"; "compile": seconds."""
+    state = init_state(jax.tree.map(jnp.copy, TRAINABLE), TX)
+    out: dict[str, Any] = {"seconds": [], "losses": [], "reference": [], "tokens": [], "flops": [], "compile": 0.0}
+    made = [_batch(rows) for rows in batches]
+    for batch in {batch.tokens.shape: batch for batch in made}.values():
+        blank = dataclasses.replace(batch, ref_logps=jnp.zeros(batch.starts.shape)) if TASK == "dpo" else batch
+        out["compile"] += compile_step(STEP, state, FROZEN, blank).seconds
+        if TASK == "dpo":
+            compiled_answer_logps(CONFIG, MODEL.params, None, batch).block_until_ready()
+    for batch, rows in zip(made, batches, strict=True):
+        begun = time.perf_counter()
+        if TASK == "dpo":
+            batch = dataclasses.replace(batch, ref_logps=compiled_answer_logps(CONFIG, MODEL.params, None, batch).block_until_ready())
+        scored = time.perf_counter()
+        state, metrics = STEP(state, FROZEN, batch)
+        out["losses"].append(float(metrics["loss"]))
+        out["seconds"].append(time.perf_counter() - scored)
+        out["reference"].append(scored - begun)
+        out["tokens"].append(int(ROWS.lengths[rows].sum()))
+        out["flops"].append(sum(map(useful_flops, rows)))
+    return out
+
+
+def useful_flops(n: int) -> float:
+    """FLOPs that a step must spend on a row: 4 a weight and distinct token, attention over what each token may see, head on the answers.
+
+    Forward and the gradient in the activations; the base is frozen, and what LoRA itself needs is not counted.
+    """
+    weights = sum(int(np.prod(leaf.shape)) for name, leaf in MODEL.params["blocks"].items() if sites.BLOCK[name].linear)
+    common, ends, starts = int(ROWS.common[n]), ROWS.lengths[n], ROWS.starts[n]
+    own = [range(common + 1, int(end) + 1) for end in ends]
+    seen = common * (common + 1) / 2 + sum(sum(places) for places in own)
+    attention = 3 * 4 * seen * CONFIG.heads * CONFIG.head_width * CONFIG.layers
+    head = 4 * CONFIG.vocab * CONFIG.width * float((ends - starts).sum())
+    return 4 * weights * (common + sum(map(len, own))) + attention + head
+
+
+def matmul(side: int = 2048, repeats: int = 10) -> float:
+    """Median FLOPs a second of a float32 product of two square matrices."""
+    x = jnp.ones((side, side))
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - begun)
+    return 2 * side**3 / float(np.median(seconds))
+
+
+def _prompts(prompts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    ids = [answer_ids(ROWS, n, 0)[: ROWS.starts[n, 0]] for n in prompts]
+    width = -(-max(map(len, ids)) // BUCKET) * BUCKET
+    return np.stack([np.pad(row, (width - len(row), 0)) for row in ids]), np.asarray([width - len(row) for row in ids], np.int32)
+
+
+def generate(prompts: list[int], new_tokens: int, kind: str = "") -> float:
+    """Seconds of greedy decoding of these rows' prompts; kind: with as many adapters of it as rows, one each, at mixed strengths."""
+    tokens, pad = _prompts(prompts)
+    count = len(prompts)
+    still = dataclasses.replace(CONFIG, eos_token_ids=(), remat="none")  # no row stops early
+    rows = RowSampling(jnp.zeros(count), jnp.zeros(count, jnp.int32), jnp.ones(count), jnp.zeros(count, jnp.int32))
+    specs = {"prompt": PromptSpec(length=20), "edit": EditSpec(), "lora": LoraSpec(rank=16, sites=("q", "v"))}
+    bank = init_bank(CONFIG, MODEL.params, (specs[kind],), MODEL.tokenizer, jax.random.key(0), count) if kind else None
+    gates = np.diag(np.linspace(0.25, 2.0, count)).astype(np.float32) if kind else None
+    run = partial(generate_tokens, still, PARTED, tokens, pad, rows, bank, gates, max_new_tokens=new_tokens)
+    if (key := (kind, tokens.shape, new_tokens)) not in WARM:
+        WARM.add(key)
+        jax.block_until_ready(run())
+    begun = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - begun
+
+
+def recompiles() -> int:
+    """Compilations while a tiny model with this vocabulary trains for an epoch, after one batch of each length."""
+    config = dataclasses.replace(CONFIG, width=16, hidden=32, layers=1, heads=2, kv_heads=1, head_width=8)
+    params = init_params(config, jax.random.key(0))
+    bank = init_bank(config, params, (LoraSpec(rank=2),), MODEL.tokenizer, jax.random.key(0))
+    trainable, frozen = partition(params, bank, kinds=("lora",), base=False)
+    step, state = make_step(config, STAGE, TX), init_state(trainable, TX)
+    count, plans = 0, make_batches(ROWS, BATCH, BUCKETS, 0)
+
+    def heard(event: str, duration_secs: float, **_: Any) -> None:
+        nonlocal count
+        count += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    warm = list({plan.length: plan for plan in plans}.values())
+    for plan in [*warm, None, *plans]:
+        if plan is None:
+            count = 0
+            continue
+        batch = _batch(plan.rows.tolist())
+        batch = dataclasses.replace(batch, ref_logps=jnp.zeros(batch.starts.shape)) if TASK == "dpo" else batch
+        state, _ = step(state, frozen, batch)
+    return count
+
+
+PARTED = unstack(MODEL.params) if TASK == "generate" else {}
+WARM: set[Any] = set()
+
+if __name__ == "__main__":
+    serve({"prepare": prepare, "epoch": epoch, "train": train, "matmul": matmul, "generate": generate, "recompiles": recompiles})

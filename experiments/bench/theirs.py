@@ -1,0 +1,115 @@
+"""trl + peft + transformers, told to train on given batches: `python theirs.py FOLDER TASK DTYPE VARIANT`.
+
+FOLDER holds the model, `rows.json` (prompt and answers as token ids) and the LoRA to start from. TASK is dpo, sft or generate. VARIANT is a
+comma-separated set of: precompute (reference log-probabilities ahead of training), pure (weights in DTYPE and no autocast).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import torch
+import transformers
+import trl
+from safetensors.torch import load_file
+from torch.utils.data import SequentialSampler
+from worker import serve
+
+FOLDER, TASK, DTYPE, VARIANT = Path(sys.argv[1]), sys.argv[2], sys.argv[3], set(sys.argv[4].split(","))
+ROWS = json.loads((FOLDER / "rows.json").read_text())
+BF16 = DTYPE == "bfloat16"
+
+
+class Clock(transformers.TrainerCallback):
+    """Seconds of each step, from its first forward pass to its update."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.begun = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.begun)
+
+
+def load(adapted: bool) -> Any:
+    dtype = torch.bfloat16 if BF16 else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER / "model", dtype=dtype)
+    if not adapted:
+        return model.eval()
+    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, config)
+    outcome = peft.set_peft_model_state_dict(model, load_file(FOLDER / "lora.safetensors"))
+    assert not outcome.unexpected_keys
+    return model
+
+
+TOKENIZER = transformers.AutoTokenizer.from_pretrained(FOLDER / "model")
+MODEL = load(adapted=TASK != "generate")
+
+
+def train(batches: list[list[int]], learning_rate: float) -> dict[str, Any]:
+    """{"seconds": of each step, "losses", "reference": seconds spent on the reference ahead} of training on these rows, in this order."""
+    common = {
+        "output_dir": str(FOLDER / "out"), "use_cpu": True, "bf16": BF16 and "pure" not in VARIANT, "gradient_checkpointing": False,
+        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_length": None, "dataloader_pin_memory": False,
+        "per_device_train_batch_size": len(batches[0]), "num_train_epochs": 1, "logging_steps": 1, "learning_rate": learning_rate,
+        "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0, "remove_unused_columns": False,
+    }  # fmt: skip
+    rows = [ROWS[n] for batch in batches for n in batch]
+    if TASK == "dpo":
+        kind, config = trl.DPOTrainer, trl.DPOConfig(**common, beta=0.1, precompute_ref_log_probs="precompute" in VARIANT)
+    else:
+        rows = [
+            {
+                "input_ids": row["prompt_ids"] + row["chosen_ids"],
+                "completion_mask": [0] * len(row["prompt_ids"]) + [1] * len(row["chosen_ids"]),
+            }
+            for row in rows
+        ]
+        kind, config = trl.SFTTrainer, trl.SFTConfig(**common)
+
+    class Given(kind):
+        reference = 0.0
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset  # tokenised already
+
+        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+        def _precompute_ref_logps(self, *arguments: Any, **more: Any) -> Any:
+            begun = time.perf_counter()
+            done = super()._precompute_ref_logps(*arguments, **more)
+            self.reference += time.perf_counter() - begun
+            return done
+
+    clock = Clock()
+    data = datasets.Dataset.from_list(rows)
+    trainer = Given(MODEL, args=config, train_dataset=data, processing_class=TOKENIZER, callbacks=[clock])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"seconds": clock.seconds, "losses": losses, "reference": trainer.reference}
+
+
+def generate(prompts: list[int], new_tokens: int) -> float:
+    """Seconds of greedy decoding of these rows' prompts."""
+    ids = [ROWS[n]["prompt_ids"] for n in prompts]
+    width = max(map(len, ids))
+    tokens = torch.tensor([[TOKENIZER.pad_token_id or 0] * (width - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        MODEL.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+    return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    serve({"train": train, "generate": generate})
