@@ -164,7 +164,10 @@ def test_what_stages_cannot_be_is_told(run):
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 EXPERIMENTS = sorted(path for path in FOLDER.glob("*.py") if "def get_config()" in path.read_text())
-SHORT = {"rahf_scit": ["stages.0.view.instructions=bad,good", "stages.1.view.instructions=bad,good"]}
+SHORT = {
+    "rahf_scit": ["stages.0.view.instructions=bad,good", "stages.1.view.instructions=bad,good"],
+    "red_e2e": ["data.columns="],
+}
 
 
 def load_experiment(name):

@@ -116,10 +116,13 @@ def prompts(record: Record) -> tuple[Prompt, ...]:
     return record.prompts if isinstance(record, Instructed) else (record.prompt,)
 
 
-def read_records(source: str | Path, form: Form, split: str | None = None, limit: int | None = None) -> tuple[list[Any], Audit]:
+def read_records(
+    source: str | Path, form: Form, split: str | None = None, limit: int | None = None, columns: tuple[str, ...] = ()
+) -> tuple[list[Any], Audit]:
     """Reads records of a form and the audit of the rows left out.
 
-    `source` and `split` are those of `sources.iterate_rows`; `limit` reads only the first rows. Layouts, told by the columns:
+    `source` and `split` are those of `sources.iterate_rows`; `limit` reads only the first rows; `columns` are the
+    source's names of `prompt` and `completion`, () for these. Layouts, told by the columns:
 
     * pair: `prompt`, `chosen`, `rejected`, each a string or a list of {"role", "content"} messages; or `chosen`, `rejected` alone:
       whole conversations, or dialogue strings with turns at "\\n\\nHuman:" and "\\n\\nAssistant:";
@@ -142,6 +145,9 @@ def read_records(source: str | Path, form: Form, split: str | None = None, limit
     noted: dict[str, Finding] = {}
     usable = 0
     for number, (row, where) in enumerate(iterate_rows(source, split), start=1):
+        if columns:
+            _require_columns(row, columns, where)
+            row = row | {"prompt": row[columns[0]], "completion": row[columns[1]]}
         found = PARSERS[form](row, where)
         if isinstance(found, str):
             tally(excluded, found, where)

@@ -1,7 +1,8 @@
-"""Where rows come from: JSON lines, Parquet files and hub sets, each row with its `file:line`."""
+"""Where rows come from: JSON lines, CSV and Parquet files and hub sets, each row with its `file:line`."""
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import re
@@ -13,7 +14,9 @@ from typing import Any
 from meetjax.errors import MeetjaxError
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+CSV_SUFFIXES = (".csv", ".csv.gz")
 PARQUET_SUFFIXES = (".parquet",)
+SUFFIXES = JSON_SUFFIXES + CSV_SUFFIXES + PARQUET_SUFFIXES
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
 BUILT_IN = {"concise": Path(__file__).parent / "concise.jsonl"}
 """Sets that come with the package, by name."""
@@ -23,24 +26,26 @@ PARQUET_BATCH = 1024  # rows decoded at a time
 def iterate_rows(source: str | Path, split: str | None = None) -> Iterator[tuple[dict[str, Any], str]]:
     """Yields (row, where) from a file or a hub set.
 
-    `source` is a path ending in .jsonl, .json (one object a line), either with .gz, or .parquet; a hub id `org/name`, or
-    `org/name:folder` for one folder of a set; or the name of a set that comes with the package, "concise". `where` is
-    `path:line` (`path:row` for Parquet) or `id[split]:row`, from 1.
+    `source` is a path ending in .jsonl, .json (one object a line) or .csv (names in the first line, every value text), each also
+    with .gz, or .parquet; a hub id `org/name`, or `org/name:folder` for one folder of a set; or the name of a set that comes with
+    the package, "concise". `where` is `path:line` (`path:row` for Parquet) or `id[split]:row`, from 1.
     Raises MeetjaxError for a missing or unreadable file, a broken line, an unknown ending, an unknown set or split.
     """
     path = BUILT_IN.get(str(source)) or Path(source).expanduser()
     name = path.name.lower()
-    known = name.endswith(JSON_SUFFIXES + PARQUET_SUFFIXES)
+    known = name.endswith(SUFFIXES)
     if not path.exists() and not known and HUB_ID.fullmatch(str(source)):
         return _hub_rows(str(source), split)
     if split is not None:
         raise MeetjaxError(f"{source}: split", expected="no split, a file has only itself", found=repr(split), fix="drop the split")
     if not path.exists():
-        raise MeetjaxError(f"{source}: no such file", expected="a .jsonl, .json or .parquet file, or a hub id such as org/name")
+        raise MeetjaxError(f"{source}: no such file", expected="a .jsonl, .json, .csv or .parquet file, or a hub id such as org/name")
     if not path.is_file():
         raise MeetjaxError(f"{source}: not a file", expected="a file", found="a folder")
     if not known:
-        raise MeetjaxError(f"{source}: file name", expected=f"an ending among {', '.join(JSON_SUFFIXES + PARQUET_SUFFIXES)}", found=name)
+        raise MeetjaxError(f"{source}: file name", expected=f"an ending among {', '.join(SUFFIXES)}", found=name)
+    if name.endswith(CSV_SUFFIXES):
+        return _csv_rows(path, source)
     return _parquet_rows(path, source) if name.endswith(PARQUET_SUFFIXES) else _json_rows(path, source)
 
 
@@ -66,6 +71,22 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise MeetjaxError(f"{where}: not a JSON object", expected="one JSON object a line", found=type(row).__name__)
     return row
+
+
+def _csv_rows(path: Path, source: str | Path) -> Iterator[tuple[dict[str, Any], str]]:
+    number = 0
+    try:
+        opened = gzip.open if path.name.lower().endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as lines:
+            rows = csv.DictReader(lines, strict=True)
+            for row in rows:
+                number = rows.line_num
+                if None in row or None in row.values():  # more fields than names, or fewer
+                    expected = f"{len(rows.fieldnames or ())} fields, as many as the first line"
+                    raise MeetjaxError(f"{source}:{number}: broken row", expected=expected, found="more" if None in row else "fewer")
+                yield row, f"{source}:{number}"
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        raise MeetjaxError(f"{source}: cannot be read as CSV after line {number}", found=error) from error
 
 
 def _parquet_rows(path: Path, source: str | Path) -> Iterator[tuple[dict[str, Any], str]]:

@@ -1,11 +1,12 @@
-"""Intervals for what was measured: Wilson's for accuracies, the bootstrap for means."""
+"""Intervals for what was measured: Wilson's for accuracies, the bootstrap for means and other numbers of a set of rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from meetjax.errors import MeetjaxError
 
@@ -29,9 +30,8 @@ def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def bootstrap_mean(values: Sequence[float], seed: int, n: int = 2000) -> tuple[float, float, float]:
-    """(mean, lo, hi) of `values`: the 2.5 % and 97.5 % quantiles of `n` means of rows drawn with replacement.
+    """(mean, lo, hi) of `values`, by `bootstrap`. The unit of `values` is that of the result.
 
-    The percentile bootstrap of Efron (1979). The unit of `values` is that of the result; the same seed gives the same interval.
     Raises MeetjaxError for no values or one that is not finite.
     """
     rows = np.asarray(values, dtype=np.float64)
@@ -39,8 +39,16 @@ def bootstrap_mean(values: Sequence[float], seed: int, n: int = 2000) -> tuple[f
         raise MeetjaxError("bootstrap interval: values", expected="at least one number in one row", found=f"shape {rows.shape}")
     if not np.isfinite(rows).all():
         raise MeetjaxError(f"bootstrap interval: value {int(np.argmin(np.isfinite(rows)))}", expected="finite", found="nan or inf")
+    return bootstrap(lambda index: rows[index].mean(), rows.size, seed, n)
+
+
+def bootstrap(statistic: Callable[[Int[np.ndarray, " N"]], float], size: int, seed: int, n: int = 2000) -> tuple[float, float, float]:
+    """(value, lo, hi) of a statistic of `size` rows: the 2.5 % and 97.5 % quantiles of its `n` values on rows drawn with replacement.
+
+    statistic: of the rows at these indices, int[size]. The percentile bootstrap of Efron (1979); the same seed gives the same interval.
+    """
     rng = np.random.default_rng(seed)
-    # One resample at a time: an [n, len(values)] index matrix would be gigabytes for a large held-out set.
-    means = [rows[rng.integers(0, rows.size, rows.size)].mean() for _ in range(n)]
-    lo, hi = np.quantile(means, (0.025, 0.975))
-    return float(rows.mean()), float(lo), float(hi)
+    # One resample at a time: an [n, size] index matrix would be gigabytes for a large held-out set.
+    drawn = [statistic(rng.integers(0, size, size)) for _ in range(n)]
+    lo, hi = np.quantile(drawn, (0.025, 0.975))
+    return float(statistic(np.arange(size))), float(lo), float(hi)

@@ -93,13 +93,14 @@ class Stage:
 class Data:
     """path: a file or a hub id; held_out: prompts kept for evaluation; max_length: of prompt and one answer, in tokens.
 
-    form: of the records, told by the columns unless named; threshold, gap: how scores become labels and pairs (`data.convert`);
-    buckets: padded lengths of the rows of a batch, () for the best ones; shared_prompt: lay the answers to a prompt behind one
-    copy of it, which computes the same for less.
+    columns: what the file calls prompt and completion, () for these names; form: of the records, told by the columns unless named;
+    threshold, gap: how scores become labels and pairs (`data.convert`); buckets: padded lengths of the rows of a batch, () for the
+    best ones; shared_prompt: lay the answers to a prompt behind one copy of it, which computes the same for less.
     """
 
     path: str = ""
     split: str | None = None
+    columns: tuple[str, ...] = ()
     form: Literal["auto", "pair", "completion", "labelled", "scored", "edited"] = "auto"
     threshold: float | None = None
     gap: float = 0.0
@@ -163,6 +164,7 @@ def check_recipe(recipe: Recipe) -> None:
         ("train.seed", train.seed, 0 <= train.seed < 2**32, "0 to 2^32 - 1"),
         ("data.held_out", data.held_out, data.held_out >= 0, ">= 0"),
         ("data.max_length", data.max_length, data.max_length >= 8, ">= 8"),
+        ("data.columns", data.columns, len(data.columns) in (0, 2), "names of prompt and completion, or ()"),
         ("data.limit", data.limit or 0, data.limit is None or data.limit >= 1, ">= 1"),
         ("data.buckets", data.buckets, _ascending(data.buckets), "ascending lengths, or () for the best"),
         ("evaluation.prompts", recipe.evaluation.prompts, 0 <= recipe.evaluation.prompts <= data.held_out, "0 to data.held_out"),

@@ -39,7 +39,7 @@ def read_rows(data: Data, stage: Stage, tokenizer: Any, console: Console) -> Spl
     The split comes first, so that it is the same for every stage. Raises MeetjaxError for data that cannot take the form.
     """
     native = form_of(data.path, data.split) if data.form == "auto" else data.form
-    records, read = read_records(data.path, native, data.split, data.limit)
+    records, read = read_records(data.path, native, data.split, data.limit, data.columns)
     held_out: list[Any] = []
     audits = [read]
     if data.held_out:

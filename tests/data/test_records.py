@@ -77,6 +77,21 @@ def test_every_file_ending_reads_the_same(tmp_path, ending):
     assert len(read_records(path, "pair", limit=2)[0]) == 2
 
 
+@pytest.mark.parametrize("ending", ["csv", "csv.gz"])
+def test_csv_and_names_of_its_columns(tmp_path, ending):
+    """E2E's layout: two demonstrations of one meaning representation, quoted where there are commas and line breaks."""
+    path = tmp_path / f"set.{ending}"
+    text = '\ufeffmr,ref\r\n"name[A], near[B]","A is\nnear B, ""the pub""."\r\n\r\n"name[A], near[B]",Né\r\n'.encode()
+    path.write_bytes(gzip.compress(text) if ending == "csv.gz" else text)
+    records, _ = read_records(path, "completion", columns=("mr", "ref"))
+    assert records == [
+        Completion("name[A], near[B]", 'A is\nnear B, "the pub".', f"{path}:3"),
+        Completion("name[A], near[B]", "Né", f"{path}:5"),
+    ]
+    with pytest.raises(MeetjaxError, match=r":3: missing column; expected text; found columns mr, ref"):
+        read_records(path, "completion", columns=("mr", "text"))
+
+
 def test_line_numbers_count_blank_lines_and_only_newlines(tmp_path):
     path = tmp_path / "pairs.jsonl"
     rows = [json.dumps({"prompt": "a\u2028b", "completion": "c"}, ensure_ascii=False), "", json.dumps({"prompt": "d", "completion": "e"})]
@@ -177,7 +192,14 @@ def test_files_that_cannot_be_read(tmp_path):
         ("cut.jsonl.gz", gzip.compress(b'{"prompt": "q", "completion": "a"}\n' * 99)[:-20], "cannot be read"),
         ("fake.jsonl.gz", b"not gzip", "cannot be read"),
         ("fake.parquet", b"not parquet", "cannot be read as Parquet"),
-        ("rows.csv", b"a,b", "file name.*expected an ending"),
+        ("fake.csv.gz", b"not gzip", "fake.csv.gz: cannot be read as CSV after line 0"),
+        ("bytes.csv", b"prompt,completion\nq,\xff", "bytes.csv: cannot be read as CSV after line 0"),
+        ("quote.csv", b'prompt,completion\nq,a\nq,"a', "quote.csv: cannot be read as CSV after line 2"),
+        ("short.csv", b"prompt,completion\nq,a\nq", "short.csv:3: broken row; expected 2 fields, as many as the first line; found fewer"),
+        ("long.csv", b"prompt,completion\nq,a,b", "long.csv:2: broken row.*found more"),
+        ("column.csv", b"mr,ref\nq,a", "column.csv:2: missing column; expected prompt and completion.*found columns mr, ref"),
+        ("empty.csv", b"", "no rows"),
+        ("rows.tsv", b"a,b", "file name.*expected an ending"),
     ]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(MeetjaxError, match=message):

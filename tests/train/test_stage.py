@@ -112,6 +112,7 @@ def test_override_refuses(setting):
 
 WRONG = {  # change -> what the message says
     "data.path=": "recipe: data.path is empty; give a file or hub id",
+    "data.columns=text": "recipe: data.columns; expected names of prompt and completion, or (); found ('text',)",
     "train.steps=0": "recipe: train.steps; expected >= 1; found 0",
     "train.batch_size=0": "recipe: train.batch_size; expected >= 1; found 0",
     "train.microbatches=3": "recipe: train.microbatches; expected a divisor of train.batch_size = 8; found 3",

@@ -63,6 +63,15 @@ def test_pairs_become_two_labelled_rows_and_stay_pairs_when_held_out(model, pair
     assert labelled.contrast is None, "without a view nobody is told the classes"
 
 
+def test_columns_of_other_names_split_by_prompt(model, tmp_path):
+    """Demonstrations with several answers to a prompt: none of a held-out prompt trains."""
+    file = tmp_path / "set.csv"
+    file.write_text("mr,ref\n" + "".join(f"name[{i // 4}],it is {i}\n" for i in range(80)))
+    found = split_of(model, str(file), Sft(), columns=("mr", "ref"))
+    held_out = {record.prompt for record in found.records}
+    assert len(found.held_out) == 6 and len(found.train) == 80 - 4 * len(held_out)
+
+
 def test_classes_choose_gates_and_held_out_pairs_are_seen_under_both(model, pairs_file):
     found = split_of(model, pairs_file, LabelledSft(), View(controls=2))
     np.testing.assert_array_equal(found.train.gates, np.eye(2)[found.train.classes])
