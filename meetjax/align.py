@@ -19,7 +19,7 @@ from meetjax.adapters.tree import KINDS, Bank, check_gates, count_parameters, ki
 from meetjax.data.tokenize import Rows
 from meetjax.errors import MeetjaxError
 from meetjax.evaluate.drift import drift
-from meetjax.evaluate.preference import accuracy, base_logps, row_logps, shorter_accuracy
+from meetjax.evaluate.preference import accuracy, base_logps, row_logps, row_rewards, shorter_accuracy
 from meetjax.evaluate.report import write_summary
 from meetjax.models.fingerprint import fingerprint
 from meetjax.models.load import Model, load
@@ -102,11 +102,13 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
         save_adapters(out / "adapters", bank, base=model.name, fingerprint=model.fingerprint, recipe=resolved(recipe))
     if judged.held_out is not None:
         console.print(f"evaluating on {len(judged.held_out):,} held-out rows")
-        policy = row_logps(model.config, model.params, bank, judged.held_out, judged.buckets)
+        rewarded = getattr(recipe.stages[-1].objective, "reads_rewards", False)
+        score = row_rewards if rewarded else row_logps
+        policy = score(model.config, model.params, bank, judged.held_out, judged.buckets)
         if untrained is None:
             untrained = base_logps(reference, judged.held_out, judged.buckets)
         contrast = None if judged.contrast is None else row_logps(model.config, model.params, bank, judged.contrast, judged.buckets)
-        summary |= held_out(untrained, policy, judged.held_out, contrast)
+        summary |= held_out(untrained, policy, judged.held_out, np.zeros_like(policy) if rewarded else contrast)
     if recipe.evaluation.prompts:
         summary |= _moved(recipe, model, loaded, bank, judged, console)
     summary |= {"wall_s": round(time.monotonic() - begun, 1), "peak_rss_gb": round(peak_rss_gb(), 3)}
@@ -155,7 +157,8 @@ def held_out(
     """Implicit-reward accuracy s - s_ref over held-out pairs with its interval, beside what costs no training.
 
     base, policy: log-probabilities of the answers in nats under the loaded model and under what was made of it. A model that was
-    told classes apart is its own reference: s under the good class (`policy`) less s under the bad one (`contrast`).
+    told classes apart is its own reference: s under the good class (`policy`) less s under the bad one (`contrast`). The rewards of
+    a reward model (`policy`) have no reference: `contrast` is zeros.
     Demonstrations have no rejected answer: for them the loss in nats a token, beside the base model's.
     """
     if policy.shape[1] == 1:

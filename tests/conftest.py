@@ -27,7 +27,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import meetjax.train.fit as fit_module
-from meetjax.adapters.tree import KINDS, Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt
+from meetjax.adapters.tree import KINDS, Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt, Reward, entry_axis
 from meetjax.models import sites
 from meetjax.models.config import ModelConfig, RopeScaling, from_hf
 from meetjax.models.decoder import apply, init_params
@@ -98,6 +98,8 @@ TOKENS = np.random.default_rng(7).integers(3, 97, (BATCH, LENGTH)).astype(np.int
 TOKENS[:3, 0] = 1
 """int32[4, 9]: three texts begin with BOS, the last does not."""
 
+MOVING = tuple(kind for kind in KINDS if kind != "reward")
+"""The kinds that move the model; a reward head only reads it."""
 KINDS_ALONE = np.zeros((BATCH, 8), np.float32)
 KINDS_ALONE[np.repeat(np.arange(4), 2), np.arange(8)] = [0.7, 1.6, 0.8, -0.5, 1.3, 0.4, 0.6, -0.3]
 """Gates of an `apart` bank with two adapters a kind: row 0 is under its prompts alone, row 1 LoRA, row 2 edits, row 3 identity blocks."""
@@ -149,7 +151,7 @@ def random_params(config, seed=0):
     return params | {"norm": 1 + params["norm"], "blocks": params["blocks"] | norms}
 
 
-def random_bank(config, kinds=KINDS, *, entries=(0, 1), rank=2, length=4, linear=sites.LINEAR, editable=sites.EDITABLE, seed=1):
+def random_bank(config, kinds=MOVING, *, entries=(0, 1), rank=2, length=4, linear=sites.LINEAR, editable=sites.EDITABLE, seed=1):
     """A bank of `kinds` where nothing is neutral, with len(entries) adapters a kind; prompts but the first are one token shorter."""
     draw, count = np.random.default_rng(seed), len(entries)
 
@@ -174,6 +176,8 @@ def random_bank(config, kinds=KINDS, *, entries=(0, 1), rank=2, length=4, linear
         fields["edit"] = Edit(**vectors, entries=entries)
     if "identity" in kinds:
         fields["identity"] = Identity({n: normal(1, count, *sites.shape(config, s)) for n, s in sites.block_sites(config).items()}, entries)
+    if "reward" in kinds:
+        fields["reward"] = Reward(normal(count, config.width), entries)
     return Bank(**fields)
 
 
@@ -193,7 +197,7 @@ def take(bank, row):
     for kind in KINDS:
         tree = getattr(bank, kind)
         if tree is not None:
-            axis = 0 if kind == "prompt" else 1
+            axis = entry_axis(kind)
             picked[kind] = dataclasses.replace(jax.tree.map(lambda x, axis=axis: np.take(x, [row], axis), tree), entries=(0,))
     return Bank(**picked)
 

@@ -180,9 +180,12 @@ RECIPES = {
     "zero trainable leaves": ("", "stages.0.trains: zero trainable leaves; expected base or some of prompt, lora, edit, identity"),
     "unknown kind": (
         '"rola",',
-        "stages.0.trains.0; expected a PromptSpec or a LoraSpec or an EditSpec or an IdentitySpec or base; found 'rola'",
+        "stages.0.trains.0; expected a PromptSpec or a LoraSpec or an EditSpec or an IdentitySpec or a RewardSpec or base; found 'rola'",
     ),
-    "kind given twice": ("EditSpec(), EditSpec(),", "adapters; expected one spec a kind: prompt, lora, edit, identity; found EditSpec("),
+    "kind given twice": (
+        "EditSpec(), EditSpec(),",
+        "adapters; expected one spec a kind: prompt, lora, edit, identity, reward; found EditSpec(",
+    ),
     "a spec that does not exist": ("RolaSpec(),", "recipe.py:14: cannot be run; found NameError: name 'RolaSpec' is not defined"),
     "a field of another type": ('LoraSpec(rank="8"),', "recipe: stages.0.trains.0.rank; expected an integer; found '8'"),
     "broken Python": ("EditSpec(", "recipe.py:9: cannot be run; found SyntaxError"),

@@ -19,17 +19,22 @@ from meetjax.adapters.algebra import merge_model
 from meetjax.adapters.io import load_adapters
 from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.prompt import PromptSpec
+from meetjax.adapters.reward import RewardSpec
+from meetjax.adapters.tree import count_parameters
 from meetjax.align import align
 from meetjax.errors import MeetjaxError
+from meetjax.evaluate.preference import row_rewards
 from meetjax.models.load import load
 from meetjax.objectives.figa import Figa
 from meetjax.objectives.kto import Kto
 from meetjax.objectives.logps import answer_logps
 from meetjax.objectives.preference import Dpo
 from meetjax.objectives.representation import Rahf, Scit
+from meetjax.objectives.reward import BradleyTerry
 from meetjax.objectives.sft import ConditionalSft
 from meetjax.train.metrics import read_metrics
 from meetjax.train.stage import Data, Evaluation, Optim, Recipe, Stage, Train, View, override
+from meetjax.train.view import read_rows
 from tests.conftest import QUICK, write_pairs
 
 STEPS = 6
@@ -142,6 +147,22 @@ def test_kto_runs_on_pairs(run):
     out, _ = run(Stage((LORA,), Kto(), Optim(1e-2)))
     rows = read_metrics(out / "stage-0")
     assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-6) and rows[-1]["loss"] < 0.5 and rows[0]["kl"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_reward_model_is_judged_by_its_rewards(run, model):
+    """Rewards start at 0; the held-out numbers are those of the head that is saved, without a reference."""
+    stage = Stage((LORA, RewardSpec()), BradleyTerry(kappa=0.01), Optim(3e-2))
+    out, summary = run(stage)
+    rows = read_metrics(out / "stage-0")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    assert rows[0]["rewards/chosen"] == rows[0]["rewards/rejected"] == 0 and "logps/chosen" not in rows[0]
+    bank = load_adapters(out / "adapters", model.fingerprint)
+    assert summary["trained_parameters"] == count_parameters(bank.lora) + model.config.width
+    recipe = summary["recipe"]["data"]
+    split = read_rows(Data(path=recipe["path"], held_out=6, max_length=64), stage, model.tokenizer, Console(file=io.StringIO()))
+    margins = row_rewards(model.config, model.params, bank, split.held_out, (96,)) @ [1, -1]
+    assert summary["held_out_accuracy"] == np.mean(margins > 0) and summary["held_out_n"] == 6
+    assert summary["held_out_margin_nats"] == pytest.approx(np.mean(margins), abs=1e-5)
 
 
 def test_figa_runs_on_pairs(run):

@@ -1,1 +1,1 @@
-"""Small trainable trees: one bank holds any of `prompt`, `lora`, `edit` and `identity`, and every entry has a gate."""
+"""Small trainable trees: one bank holds any of `prompt`, `lora`, `edit`, `identity` and `reward`, and every entry has a gate."""

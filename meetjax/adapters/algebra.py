@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from meetjax.adapters.tree import KINDS, Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt, columns
+from meetjax.adapters.tree import KINDS, Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt, Reward, columns
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
 from meetjax.models.config import ModelConfig
@@ -28,7 +28,8 @@ def scale(bank: Bank, strength: float) -> Bank:
             raise MeetjaxError(f"scale: {kind} cannot be scaled in its leaves", fix="use gates or the logit dial")
     lora = bank.lora and _each_site(bank.lora, lambda site: LoraSite(site.a, site.b * strength))
     edit = bank.edit and _each_site(bank.edit, lambda site: EditSite(site.s * strength, site.t * strength))
-    return dataclasses.replace(bank, lora=lora, edit=edit)
+    reward = bank.reward and dataclasses.replace(bank.reward, u=bank.reward.u * strength)
+    return dataclasses.replace(bank, lora=lora, edit=edit, reward=reward)
 
 
 def at_strength(bank: Bank, strength: float) -> tuple[tuple[float, ...], float | None]:
@@ -87,7 +88,7 @@ def merge(config: ModelConfig, params: Params, bank: Bank, gates: Sequence[float
 
     Returns a config too: an edit adds biases to its sites. Raises MeetjaxError for kinds that are not part of a linear layer.
     """
-    for kind in ("prompt", "identity"):
+    for kind in ("prompt", "identity", "reward"):
         if getattr(bank, kind) is not None:
             raise MeetjaxError(f"merge: {kind} is not part of a linear layer", expected="lora or edit", fix=f"keep {kind} as an adapter")
     strengths = jnp.ones(columns(bank)) if gates is None else jnp.asarray(gates, jnp.float32)
@@ -165,6 +166,10 @@ def _stack_identities(trees: Sequence[Identity]) -> Identity:
     return Identity(_concatenate([tree.block for tree in trees], 1), _entries(trees))
 
 
+def _stack_rewards(trees: Sequence[Reward]) -> Reward:
+    return Reward(jnp.concatenate([tree.u for tree in trees]), _entries(trees))
+
+
 def _check_depth(tree: Any) -> None:
     """Raises ValueError where sites differ in their number of layers; sites that no two trees share meet nowhere else."""
     depths = sorted({leaf.shape[0] for leaf in jax.tree.leaves(tree)})
@@ -176,4 +181,4 @@ def _concatenate(trees: Sequence[Any], axis: int) -> Any:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis), *trees)
 
 
-_STACK = {"prompt": _stack_prompts, "lora": _stack_loras, "edit": _stack_edits, "identity": _stack_identities}
+_STACK = {"prompt": _stack_prompts, "lora": _stack_loras, "edit": _stack_edits, "identity": _stack_identities, "reward": _stack_rewards}

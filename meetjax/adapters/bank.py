@@ -10,13 +10,14 @@ from meetjax.adapters.edit import EditSpec, init_edit
 from meetjax.adapters.identity import IdentitySpec, init_identity
 from meetjax.adapters.lora import LoraSpec, init_lora
 from meetjax.adapters.prompt import PromptSpec, init_prompt
+from meetjax.adapters.reward import RewardSpec, init_reward
 from meetjax.adapters.tree import Bank
 from meetjax.errors import MeetjaxError
 from meetjax.models.config import ModelConfig
 from meetjax.types import Array, Params
 
-Spec = PromptSpec | LoraSpec | EditSpec | IdentitySpec
-KIND_OF = {PromptSpec: "prompt", LoraSpec: "lora", EditSpec: "edit", IdentitySpec: "identity"}
+Spec = PromptSpec | LoraSpec | EditSpec | IdentitySpec | RewardSpec
+KIND_OF = {PromptSpec: "prompt", LoraSpec: "lora", EditSpec: "edit", IdentitySpec: "identity", RewardSpec: "reward"}
 
 
 def init_bank(config: ModelConfig, params: Params, specs: tuple[Spec, ...], tokenizer, key: Array, columns: int = 1) -> Bank:
@@ -25,7 +26,7 @@ def init_bank(config: ModelConfig, params: Params, specs: tuple[Spec, ...], toke
     tokenizer: encodes the prompt's starting text. Raises MeetjaxError for no spec, two of a kind, or a bad site, rank, length or text.
     """
     if not specs:
-        raise MeetjaxError("adapters: zero trainable leaves", expected="at least one of prompt, lora, edit, identity", found="none")
+        raise MeetjaxError("adapters: zero trainable leaves", expected="at least one of " + ", ".join(KIND_OF.values()), found="none")
     fields = {}
     for spec in specs:
         kind = KIND_OF.get(type(spec))
@@ -40,7 +41,9 @@ def init_bank(config: ModelConfig, params: Params, specs: tuple[Spec, ...], toke
             fields[kind] = init_lora(config, spec, jax.random.fold_in(key, 1), columns)
         elif isinstance(spec, EditSpec):
             fields[kind] = init_edit(config, spec, columns)
-        else:
+        elif isinstance(spec, IdentitySpec):
             fields[kind] = init_identity(config, params, spec, columns)
+        else:
+            fields[kind] = init_reward(config, columns)
         fields[kind] = dataclasses.replace(fields[kind], entries=tuple(range(columns)))
     return Bank(**fields)

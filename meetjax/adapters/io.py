@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from meetjax.adapters.tree import Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt, entry_axis, flatten, kinds
+from meetjax.adapters.tree import KINDS, Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt, Reward, entry_axis, flatten, kinds
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
 
@@ -85,8 +85,10 @@ def load_adapters(folder: str | Path, fingerprint: str | None = None) -> Bank:
                 fields[kind] = Lora(**_by_site(own, LoraSite, ("a", "b")), scale=facts["scale"], entries=entries)
             elif kind == "edit":
                 fields[kind] = Edit(**_by_site(own, EditSite, ("s", "t")), entries=entries)
-            else:
+            elif kind == "identity":
                 fields[kind] = Identity({path.removeprefix("block/"): leaf for path, leaf in own.items()}, entries)
+            else:
+                fields[kind] = Reward(own["u"], entries)
             counts = {leaf.shape[entry_axis(kind)] for leaf in own.values()}
             if counts != {len(entries)}:
                 raise ValueError(f"{len(entries)} gate columns for {sorted(counts)} adapters")
@@ -108,7 +110,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise MeetjaxError(f"{path}: no such file", expected="an adapter folder", fix="give the folder that holds manifest.json") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise MeetjaxError(f"{path}: not a manifest", found=error) from None
-    if not complete or not set(manifest["kinds"]) <= {"prompt", "lora", "edit", "identity"}:
+    if not complete or not set(manifest["kinds"]) <= set(KINDS):
         raise MeetjaxError(f"{path}: not a manifest of this version", expected=f"format {FORMAT}", found=manifest["format"])
     return manifest
 

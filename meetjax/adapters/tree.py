@@ -16,7 +16,7 @@ from jaxtyping import Float
 from meetjax.errors import MeetjaxError
 from meetjax.types import Array
 
-KINDS = ("prompt", "lora", "edit", "identity")
+KINDS = ("prompt", "lora", "edit", "identity", "reward")
 
 
 def _static(default: Any) -> Any:
@@ -90,6 +90,15 @@ class Identity:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Reward:
+    """Reward heads u . h on the normed hidden state, always float32: they read the model, and no logit depends on them."""
+
+    u: Float[Array, "E D"]
+    entries: tuple[int, ...] = _static((0,))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Bank:
     """Any subset of kinds. Gate column c drives every adapter whose `entries` names c."""
 
@@ -97,6 +106,7 @@ class Bank:
     lora: Lora | None = None
     edit: Edit | None = None
     identity: Identity | None = None
+    reward: Reward | None = None
 
 
 def kinds(bank: Bank) -> tuple[str, ...]:
@@ -105,8 +115,8 @@ def kinds(bank: Bank) -> tuple[str, ...]:
 
 
 def entry_axis(kind: str) -> int:
-    """The axis E of a kind's leaves: soft prompts have no layers in front of it."""
-    return 0 if kind == "prompt" else 1
+    """The axis E of a kind's leaves: soft prompts and reward heads have no layers in front of it."""
+    return 0 if kind in ("prompt", "reward") else 1
 
 
 def columns(bank: Bank) -> int:

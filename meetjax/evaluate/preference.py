@@ -13,6 +13,7 @@ from meetjax.data.tokenize import Rows
 from meetjax.evaluate.intervals import wilson
 from meetjax.models.config import ModelConfig
 from meetjax.objectives.logps import compiled_answer_logps
+from meetjax.objectives.reward import compiled_answer_rewards
 from meetjax.train.reference import Reference
 from meetjax.types import Params
 
@@ -24,8 +25,15 @@ def row_logps(
     return _scored(lambda batch, _: compiled_answer_logps(config, params, bank, batch), rows, buckets, batch_size)
 
 
+def row_rewards(
+    config: ModelConfig, params: Params, bank: Any, rows: Rows, buckets: Buckets, batch_size: int = 4
+) -> Float[np.ndarray, "N C"]:
+    """The rewards that the bank's head gives to the answers of every row, likewise."""
+    return _scored(lambda batch, _: compiled_answer_rewards(config, params, bank, batch), rows, buckets, batch_size)
+
+
 def base_logps(reference: Reference, rows: Rows, buckets: Buckets, batch_size: int = 4) -> Float[np.ndarray, "N C"]:
-    """The same under the base model, where not known from before."""
+    """The log-probabilities under the base model, where not known from before."""
     return _scored(lambda batch, chosen: reference.logps(batch, rows, chosen), rows, buckets, batch_size)
 
 

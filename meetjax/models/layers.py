@@ -5,7 +5,8 @@ Order inside a block, with every adapter site:
     x = norm(h);  q, k, v = edit(x W + b + lora(x));  rope;  attention;  h += edit(attn W_o + lora(attn))
     x = norm(h);  h += edit(silu(x W_gate + lora(x)) * (x W_up + lora(x))) W_down + lora)
 
-One primitive a kind: `lora_deltas`, `edit_output`; soft prompts act in `attention.py`, the identity block is a call of `block`.
+One primitive a kind: `lora_deltas`, `edit_output`, and `head_rewards` behind the last norm; soft prompts act in `attention.py`, the
+identity block is a call of `block`.
 """
 
 from __future__ import annotations
@@ -150,6 +151,12 @@ def head_of(params: dict) -> dict:
     """The part of the parameters that `logits` reads: the head, or the embedding of a tied model."""
     name = "head" if "head" in params else "embed"
     return {name: params[name]}
+
+
+def head_rewards(h: Float[Array, "B C D"], head: Any, gates: Float[Array, "B E"]) -> Float[Array, "B C"]:
+    """sum_e g_e (u_e . h) of normed hidden states, in float32: a sum of products, since matrix units may round what they multiply."""
+    u = jnp.sum(gates[:, :, None] * head.u[None], axis=1, keepdims=True)
+    return jnp.sum(h.astype(jnp.float32) * u, axis=2)
 
 
 def logits(params: dict, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -40,7 +40,7 @@ def make_streams(bank: Any, gates: Float[Array, "B A"] | None, dial: Float[Array
         return Streams(None, None, (None,))
     if dial is None and (not entries or (gates is None and len(entries) == 1)):
         return Streams(gates, None, (0 if entries else None,))
-    present = [tree for tree in (bank.prompt, bank.lora, bank.edit, bank.identity) if tree is not None]
+    present = [tree for tree in (bank.prompt, bank.lora, bank.edit, bank.identity, bank.reward) if tree is not None]
     full = jnp.ones((rows, 1 + max(max(tree.entries) for tree in present)), jnp.float32) if gates is None else gates
     full = full.astype(jnp.float32)
     own = [full[:, entry] for entry in entries]

@@ -25,10 +25,14 @@ Scores = tuple[Float[Array, " B"], Float[Array, "B 2"]]
 
 
 class PairLoss:
-    """What every loss on pairs is; a subclass is a frozen dataclass of hyperparameters with a method `scores`."""
+    """What every loss on pairs is; a subclass is a frozen dataclass of hyperparameters with a method `scores`.
+
+    One with `reads_rewards` is given the rewards of a reward head in place of log-probabilities.
+    """
 
     form: ClassVar[Literal["pair"]] = "pair"
     needs_reference: ClassVar[bool] = True
+    reads_rewards: ClassVar[bool] = False
 
     def scores(self, logps: Float[Array, "B 2"], batch: Batch) -> Scores:
         """(loss [B], rewards [B, 2]) of every pair, filled-up ones too."""
@@ -44,9 +48,9 @@ class PairLoss:
             "rewards/rejected": rewards[:, 1],
             "rewards/margins": margins,
             "rewards/accuracies": preferred(margins),
-            "logps/chosen": logps[:, 0],
-            "logps/rejected": logps[:, 1],
         }
+        if not self.reads_rewards:
+            values |= {"logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
         metrics = {name: (jnp.sum(jax.lax.stop_gradient(value) * weights), count) for name, value in values.items()}
         return jnp.sum(losses * weights), count, metrics
 

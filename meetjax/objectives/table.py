@@ -9,6 +9,7 @@ from meetjax.objectives.kto import ApoZeroUnpaired, Kto
 from meetjax.objectives.preference import ApoDown, ApoZero, Cdpo, Dpo, Hinge, Ipo, NormalizedDpo, RobustDpo
 from meetjax.objectives.reference_free import Cpo, Orpo, Simpo
 from meetjax.objectives.representation import Rahf, Scit
+from meetjax.objectives.reward import BradleyTerry
 from meetjax.objectives.sft import ConditionalSft, Sft
 
 OBJECTIVES: dict[str, type[Any]] = {
@@ -25,6 +26,7 @@ OBJECTIVES: dict[str, type[Any]] = {
     "orpo": Orpo,
     "simpo": Simpo,
     "cpo": Cpo,
+    "bradley_terry": BradleyTerry,
     "kto": Kto,
     "apo_zero_unpaired": ApoZeroUnpaired,
     "figa": Figa,

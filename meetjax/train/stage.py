@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin
 
 from meetjax.adapters.bank import KIND_OF, Spec
 from meetjax.adapters.lora import LoraSpec
+from meetjax.adapters.reward import RewardSpec
 from meetjax.errors import MeetjaxError
 from meetjax.objectives.bounds import bounds_of
 from meetjax.objectives.preference import Dpo
@@ -44,8 +45,8 @@ class Objective(Protocol):
     (KTO's z0) has a method pool(logps, batch) -> (sum, weight) and is called as objective(logps, batch, pooled), where pooled is
     sum / weight over the whole batch, without a gradient. One that asks for an answer in several ways names them in `asks`
     (`data.convert.instructed`); one with `reads_tokens` is called with the log-probability of each token; one with `reads_states`
-    is called with the hidden states of a student and a teacher (`Rahf`). Fields made by `objectives.bounds` are checked with the
-    recipe.
+    is called with the hidden states of a student and a teacher (`Rahf`), and one with `reads_rewards` with the rewards [B, C] of the
+    answers (`BradleyTerry`). Fields made by `objectives.bounds` are checked with the recipe.
     """
 
     form: ClassVar[Any]  # Any, because a class variable is mutable and so admits no narrower type in an implementation
@@ -175,6 +176,10 @@ def check_recipe(recipe: Recipe) -> None:
         if not stage.trains:
             expected = "base or some of " + ", ".join(KIND_OF.values())
             raise MeetjaxError(f"recipe: stages.{i}.trains: zero trainable leaves", expected=expected, found="()")
+        trained = [type(spec) for earlier in recipe.stages[: i + 1] for spec in earlier.trains]
+        if getattr(stage.objective, "reads_rewards", False) and RewardSpec not in trained:
+            expected = f"RewardSpec() here or in an earlier stage, the head of {type(stage.objective).__name__}"
+            raise MeetjaxError(f"recipe: stages.{i}.trains", expected=expected, found="none")
         optim, where = stage.optim, f"stages.{i}.optim"
         bounds += [
             (f"{where}.learning_rate", optim.learning_rate, optim.learning_rate > 0, "> 0"),

@@ -19,6 +19,7 @@ from meetjax.errors import MeetjaxError
 from meetjax.models.config import ModelConfig
 from meetjax.models.decoder import block_states
 from meetjax.objectives.logps import answer_logps, answer_token_logps
+from meetjax.objectives.reward import answer_rewards
 from meetjax.train.optim import learning_rate
 from meetjax.train.stage import Stage
 from meetjax.types import Array, Batch, Params
@@ -85,6 +86,9 @@ def make_loss(config: ModelConfig, objective: Any) -> Callable[..., tuple[Array,
         if getattr(objective, "reads_tokens", False):
             scores, _ = answer_token_logps(config, params, adapters, batch)
             total, count, metrics = objective(scores, batch)
+            return total, (count, metrics)
+        if getattr(objective, "reads_rewards", False):
+            total, count, metrics = objective(answer_rewards(config, params, adapters, batch), batch)
             return total, (count, metrics)
         logps = answer_logps(config, params, adapters, batch)
         if hasattr(objective, "pool"):

@@ -65,7 +65,8 @@ def read_rows(data: Data, stage: Stage, tokenizer: Any, console: Console) -> Spl
     console.print(render_table(then(*audits, made), f"{data.path} ({form})"))
     if not held_out:
         return Split(rows, None, None, [], data.buckets or choose_buckets(rows))
-    held_out = convert(held_out, "pair", gap=data.gap) if native in ("scored", "edited") else held_out
+    if native in ("scored", "edited") or getattr(stage.objective, "reads_rewards", False):  # a reward of one answer alone says nothing
+        held_out = convert(held_out, "pair", gap=data.gap)
     pairs, bad = isinstance(held_out[0], Pair), None
     good, audit = _tokenized(held_out, data, tokenizer, stage.view.markers, GOOD if pairs else None)
     good = _gated(good, stage.view, GOOD if pairs else None)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from meetjax.adapters.algebra import merge, mix, scale, stack
-from meetjax.adapters.tree import Bank, columns
+from meetjax.adapters.tree import KINDS, Bank, columns
 from meetjax.errors import MeetjaxError
+from meetjax.models.layers import head_rewards
 from tests.conftest import BATCH, TOKENS, VARIANTS, assert_close, assert_differs, quick_forward, random_bank, random_params, take
 
 MERGED = 1e-5
@@ -66,7 +67,7 @@ def test_merge_keeps_the_dtype_and_leaves_the_base_alone(base):
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, half))
 
 
-@pytest.mark.parametrize("kind", ["prompt", "identity"])
+@pytest.mark.parametrize("kind", ["prompt", "identity", "reward"])
 def test_merge_refuses_what_is_not_linear(base, kind):
     config, params, _ = base
     assert kind in error_of(lambda: merge(config, params, random_bank(config, (kind,))))
@@ -84,6 +85,18 @@ def test_scale_refuses_prompts_and_blocks(base, kind):
     message = error_of(lambda: scale(bank, 0.5))
     assert kind in message and "gates" in message
     jax.tree.map(np.testing.assert_array_equal, scale(bank, 1), bank)
+
+
+def test_reward_heads_scale_stack_and_mix_like_gates(base):
+    one, two = (take(random_bank(base[0], ("reward",)), row) for row in (0, 1))
+    both = stack([one, two])
+    assert both.reward.entries == (0, 1) and both.reward.u.shape == (2, base[0].width)
+    mixed = mix([one, two], [0.5, -2.0])
+    assert mixed.reward.entries == (0, 0)
+    h = np.random.default_rng(2).normal(size=(BATCH, 3, base[0].width)).astype(np.float32)
+    expected = head_rewards(h, both.reward, every_row([0.5, -2.0]))
+    assert_close(head_rewards(h, mixed.reward, np.ones((1, 2), np.float32)), expected)
+    assert_close(expected, 0.5 * h @ one.reward.u[0] - 2 * h @ two.reward.u[0])
 
 
 def small_and_large(config):
@@ -123,7 +136,7 @@ def test_stack_refuses_nothing_and_other_models(base):
     config = base[0]
     assert "no bank" in error_of(lambda: stack([]))
     wider = dataclasses.replace(config, width=64, heads=8, kv_heads=4)
-    for kind in ("prompt", "lora", "edit", "identity"):
+    for kind in KINDS:
         assert kind in error_of(lambda kind=kind: stack([random_bank(config, (kind,)), random_bank(wider, (kind,))]))
 
 

@@ -34,7 +34,7 @@ def assert_same(left, right):
 
 @pytest.fixture
 def saved(tmp_path):
-    bank = apart(random_bank(TINY))
+    bank = apart(random_bank(TINY, KINDS))
     return save_adapters(tmp_path / "adapter", bank, base="tiny", fingerprint="f" * 64, recipe={"steps": 3}), bank
 
 

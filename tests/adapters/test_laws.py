@@ -14,15 +14,17 @@ from meetjax.adapters.edit import EditSpec
 from meetjax.adapters.identity import IdentitySpec, init_identity
 from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.prompt import PromptSpec, init_prompt
-from meetjax.adapters.tree import KINDS, Bank, Prompt, check_gates, columns, flatten
+from meetjax.adapters.tree import Bank, Prompt, check_gates, columns, flatten
 from meetjax.errors import MeetjaxError
 from meetjax.models import layers, sites
 from meetjax.models.attention import make_attend, make_layout, text_rows
 from tests.conftest import (
     BATCH,
+    DIAL,
     KINDS_ALONE,
     KINDS_TOGETHER,
     LENGTH,
+    MOVING,
     QUICK,
     ROUNDING,
     TOKENS,
@@ -70,7 +72,17 @@ def test_none_equals_neutral(base):
     assert_close(quick_forward(config, params, TOKENS, idle, 0.7 * np.ones((BATCH, 1), np.float32)), plain)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("beside", [(), ("lora",)], ids=["alone", "beside lora"])
+def test_reward_head_changes_no_logit(base, beside):
+    """Bit for bit, whatever the head holds; nor has it a part in the streams of a dial."""
+    config, params, plain = base
+    bank = random_bank(config, (*beside, "reward"))
+    without = forward(config, params, TOKENS, random_bank(config, beside), GATES) if beside else plain
+    np.testing.assert_array_equal(forward(config, params, TOKENS, bank, GATES), without)
+    assert_close(quick_forward(config, params, TOKENS, Bank(reward=bank.reward), dial=DIAL), plain)
+
+
+@pytest.mark.parametrize("kind", MOVING)
 def test_gate_zero_is_base(base, kind):
     """Exactly for what acts inside a block; up to rounding where columns or streams join the sums."""
     config, params, plain = base
@@ -82,11 +94,11 @@ def test_gate_zero_is_base(base, kind):
     assert_differs(quick_forward(config, params, TOKENS, bank, GATES), plain)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "all"])
+@pytest.mark.parametrize("kind", [*MOVING, "all"])
 def test_gate_one_is_adapter(base, kind):
     """Gate 1 is the adapter without gates, and a one-hot gate in a bank of two is the one adapter alone."""
     config, params, plain = base
-    bank = random_bank(config, KINDS if kind == "all" else (kind,))
+    bank = random_bank(config, MOVING if kind == "all" else (kind,))
     logits = np.asarray(quick_forward(config, params, TOKENS, bank, GATES))
     for row in (0, 1):
         alone = np.asarray(quick_forward(config, params, TOKENS, take(bank, row)))
@@ -121,7 +133,7 @@ def test_lora_mixing_is_not_interpolation_of_factors():
 def test_per_row_equals_loop(base, kind):
     """A batch with other gates on every row is each row run alone under its own."""
     config, params, _ = base
-    bank = random_bank(config, KINDS if kind == "all" else (kind,))
+    bank = random_bank(config, MOVING if kind == "all" else (kind,))
     whole = np.asarray(quick_forward(config, params, TOKENS, bank, GATES))
     for row in range(BATCH):
         if kind == "all":

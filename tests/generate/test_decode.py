@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meetjax.adapters.tree import KINDS, Bank, columns
+from meetjax.adapters.tree import Bank, columns
 from meetjax.generate import decode
 from meetjax.generate.decode import generate_tokens
 from meetjax.generate.sampling import RowSampling
 from meetjax.models.decoder import apply, unstack
-from tests.conftest import QUICK, TINY, apart, random_bank, random_params
+from tests.conftest import MOVING, QUICK, TINY, apart, random_bank, random_params
 
 CONFIG = dataclasses.replace(TINY, layers=2, eos_token_ids=())
 STOPPING = dataclasses.replace(CONFIG, eos_token_ids=(2, 5))
@@ -64,7 +64,7 @@ def everything():
     return bank, gates
 
 
-@pytest.mark.parametrize("kind", [None, *KINDS, "all"])
+@pytest.mark.parametrize("kind", [None, *MOVING, "all"])
 def test_greedy_equals_naive_loop(kind):
     """Behind left padding, per row: every kind alone at gates of its own, and all of them with a dial a row."""
     if kind is None:

@@ -15,6 +15,7 @@ from meetjax.adapters.edit import EditSpec
 from meetjax.adapters.identity import IdentitySpec
 from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.prompt import PromptSpec
+from meetjax.adapters.reward import RewardSpec
 from meetjax.adapters.tree import flatten
 from meetjax.models import sites
 from meetjax.models.decoder import init_params
@@ -31,7 +32,7 @@ class Ids:
 
 def describe(config) -> dict[str, dict[str, str]]:
     """{'params': {path: 'dtype[shape]'}, 'bank': the same for one adapter of every kind at every site}."""
-    specs = (PromptSpec(length=4), LoraSpec(rank=2), EditSpec(sites.EDITABLE), IdentitySpec())
+    specs = (PromptSpec(length=4), LoraSpec(rank=2), EditSpec(sites.EDITABLE), IdentitySpec(), RewardSpec())
 
     def make(key):
         params = init_params(config, key)

@@ -11,6 +11,7 @@ import pytest
 
 from meetjax.adapters.edit import EditSpec
 from meetjax.adapters.lora import LoraSpec
+from meetjax.adapters.reward import RewardSpec
 from meetjax.errors import MeetjaxError
 from meetjax.objectives.bounds import bounds_of
 from meetjax.objectives.kto import Kto
@@ -20,6 +21,7 @@ from meetjax.objectives.table import OBJECTIVES
 from meetjax.train.stage import Data, Optim, Recipe, Stage, Train, check_recipe, override, resolved
 
 RECIPE = Recipe("r", data=Data(path="p.jsonl"), stages=(Stage((LoraSpec(), EditSpec())), Stage(("base",), Sft())))
+HEADED = dataclasses.replace(RECIPE, stages=(Stage((LoraSpec(), EditSpec(), RewardSpec())), *RECIPE.stages[1:]))
 
 SET = {  # setting -> (path to the value, value)
     "model=org/name": (("model",), "org/name"),
@@ -68,7 +70,7 @@ REFUSED = {  # setting -> what the message says
     "stages.0.optim.learning_rate=inf": "value; expected a finite number; found 'inf'",
     "stages.0.objective=ppo": "objective: value; expected sft or conditional_sft or dpo or cdpo or robust_dpo or dpo_norm or",
     "stages.0.objective.gamma=1": "field gamma; expected one of beta; found gamma",
-    "stages.0.trains.0=lora": "value; expected a PromptSpec or a LoraSpec or an EditSpec or an IdentitySpec or base; found 'lora'",
+    "stages.0.trains.0=lora": "expected a PromptSpec or a LoraSpec or an EditSpec or an IdentitySpec or a RewardSpec or base; found 'lora'",
     "stages.1.trains.0.rank=3": "field rank; expected one of no further field; found rank",
     "stages.2.optim.clip=3": "--set stages.2.optim.clip: index 2; expected 0 to 1; found 2",
 }
@@ -131,12 +133,17 @@ WRONG = {  # change -> what the message says
     "stages.0.optim.b1=1": "recipe: stages.0.optim.b1; expected at least 0 and less than 1; found 1.0",
     "stages.0.optim.b2=-0.1": "recipe: stages.0.optim.b2; expected at least 0 and less than 1; found -0.1",
     "stages.0.objective.beta=0": "recipe: stages.0.objective.beta; expected > 0; found 0.0",
+    "stages.1.objective=bradley_terry": "recipe: stages.1.trains; expected RewardSpec() here or in an earlier stage",
     "stages.1.trains=": "recipe: stages.1.trains: zero trainable leaves; expected base or some of prompt, lora, edit, identity",
 }
 
 
 def test_a_good_recipe_passes():
     check_recipe(RECIPE)
+
+
+def test_a_reward_head_of_an_earlier_stage_will_do():
+    check_recipe(override(HEADED, ["stages.1.objective=bradley_terry"]))
 
 
 @pytest.mark.parametrize("change", WRONG)
@@ -177,7 +184,7 @@ def test_check_recipe_reads_types(recipe, told):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_checks_its_numbers(name):
     """Each float below its bound is refused by its path; at its default all pass, and each objective says what it reads."""
-    recipe = override(RECIPE, [f"stages.0.objective={name}"])
+    recipe = override(HEADED, [f"stages.0.objective={name}"])
     check_recipe(recipe)
     objective = recipe.stages[0].objective
     assert objective == OBJECTIVES[name]()

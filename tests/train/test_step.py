@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meetjax.adapters.tree import KINDS, Bank, count_parameters
+from meetjax.adapters.tree import Bank, count_parameters
 from meetjax.errors import MeetjaxError
 from meetjax.models.decoder import unstack
 from meetjax.objectives.logps import answer_logps
@@ -22,7 +22,7 @@ from meetjax.train.sharding import base_shardings, make_mesh, put_batch, replica
 from meetjax.train.stage import Optim, Stage
 from meetjax.train.step import State, init_state, join, make_gradient, make_loss, make_step, partition
 from meetjax.types import Batch
-from tests.conftest import QUICK, TINY, assert_trees_close, lay_together, random_bank, random_params
+from tests.conftest import MOVING, QUICK, TINY, assert_trees_close, lay_together, random_bank, random_params
 
 SMALL = dataclasses.replace(TINY, layers=2, vocab=98)
 """98: the vocabulary divides by the model axis of a mesh."""
@@ -32,7 +32,7 @@ GRADIENT = 1e-5
 STEPS = 15
 
 
-def small_bank(kinds=KINDS):
+def small_bank(kinds=MOVING):
     """One adapter a kind at few sites, so that programs compile quickly; nothing neutral, LoRA's b among it."""
     return random_bank(SMALL, kinds, entries=(0,), linear=("q", "down"), editable=("down",))
 
@@ -102,13 +102,13 @@ def with_other(kind, factor):
     return dataclasses.replace(bank, **{other: beside}), other
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "base"])
+@pytest.mark.parametrize("kind", [*MOVING, "base"])
 def test_only_trainable_moves(kind):
     """Three steps: every leaf of what trains has moved, every other leaf of bank and base is the same bit for bit."""
     params, (bank, other) = random_params(SMALL), with_other(kind, 1.0)
     copies = jax.tree.map(np.array, (params, bank))
     new_params, new_bank, _ = run_steps(kind, bank, params, make_batch(Dpo), 3)
-    moved = {name: (getattr(copies[1], name), getattr(new_bank, name)) for name in KINDS if getattr(bank, name) is not None}
+    moved = {name: (getattr(copies[1], name), getattr(new_bank, name)) for name in MOVING if getattr(bank, name) is not None}
     moved["base"] = (copies[0], new_params)
     assert moved.keys() == {kind, other, "base"}
     for name, (before, after) in moved.items():
@@ -117,7 +117,7 @@ def test_only_trainable_moves(kind):
     jax.tree.map(np.testing.assert_array_equal, (params, bank), copies)  # nothing passed in was donated either
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "base"])
+@pytest.mark.parametrize("kind", [*MOVING, "base"])
 def test_loss_falls_on_a_toy_preference_task(kind):
     """One batch of pairs, learnt by heart: the loss falls from ln 2 (about, for a prompt), margins and accuracy rise."""
     params, (bank, _) = random_params(SMALL), with_other(kind, 0.0)
@@ -131,7 +131,7 @@ def test_loss_falls_on_a_toy_preference_task(kind):
     assert all(math.isfinite(float(metrics["grad_norm"])) for metrics in history)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "base"])
+@pytest.mark.parametrize("kind", [*MOVING, "base"])
 def test_optimizer_state_has_trainable_structure(kind):
     """Two moments for every number that trains, a few scalars, and nothing of the size of anything else."""
     params, bank = random_params(SMALL), small_bank()
@@ -156,7 +156,7 @@ def parts():
 FORMS = pytest.mark.parametrize(("objective", "shared"), [(Sft, False), (Dpo, False), (Dpo, True)], ids=["sft", "dpo", "dpo-shared"])
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "base"])
+@pytest.mark.parametrize("kind", [*MOVING, "base"])
 def test_shared_prompt_equals_a_copy_an_answer(kind):
     """Loss, metrics and gradients of every kind: a prompt computed once is the prompt computed for each answer."""
     params, bank = random_params(SMALL), small_bank()

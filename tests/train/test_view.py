@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from meetjax.data.tokenize import answer_ids
 from meetjax.errors import MeetjaxError
 from meetjax.objectives.logps import answer_logps
 from meetjax.objectives.preference import Dpo
+from meetjax.objectives.reward import BradleyTerry
 from meetjax.objectives.sft import Sft
 from meetjax.train.stage import Data, Stage, View
 from meetjax.train.step import make_gradient, partition
@@ -70,6 +72,13 @@ def test_columns_of_other_names_split_by_prompt(model, tmp_path):
     found = split_of(model, str(file), Sft(), columns=("mr", "ref"))
     held_out = {record.prompt for record in found.records}
     assert len(found.held_out) == 6 and len(found.train) == 80 - 4 * len(held_out)
+
+
+def test_labelled_answers_are_pairs_when_held_out_from_a_reward_model(model, tmp_path):
+    answers = (("the cat", True), ("how are you", False))
+    rows = [{"prompt": f"{i} cat?", "completion": text, "label": label} for i in range(12) for text, label in answers]
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert split_of(model, str(tmp_path / "labelled.jsonl"), BradleyTerry()).held_out.starts.shape[1] == 2
 
 
 def test_classes_choose_gates_and_held_out_pairs_are_seen_under_both(model, pairs_file):
