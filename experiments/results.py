@@ -4,20 +4,24 @@
     python experiments/results.py add runs/X   first keeps the summary of a run as results/X.json
 
 A kept summary is the run's own `summary.json` without what belongs to one machine: its output folder, and the folder of a data file.
+A row's command is what its recipe changes of the experiment's file as it stands now.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from meetjax.train.stage import resolved
+
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: made by results.py -->", "<!-- end of results -->"
 HEADER = (
     "| run | data | seed | steps x prompts | trained parameters | held-out accuracy (95 %, n) | shorter answer | untrained "
-    "| KL to the base, nats an answer | mean tokens | minutes | peak GB |"
+    "| KL to the base, nats an answer | mean tokens | minutes | peak GB | command |"
 )
 
 
@@ -34,8 +38,9 @@ def keep(folder: Path) -> Path:
 
 
 def table(folder: Path = HERE / "results") -> str:
-    """One row a kept summary, by name; a dash where a run did not measure something."""
-    rows = [_row(json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))]
+    """One row a kept summary, by data and name; a dash where a run did not measure something."""
+    summaries = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    rows = [_row(summary) for summary in sorted(summaries, key=lambda summary: summary["recipe"]["data"]["path"])]
     return "\n".join([HEADER, "|" + " --- |" * (HEADER.count("|") - 1), *rows])
 
 
@@ -54,8 +59,30 @@ def _row(summary: dict[str, Any]) -> str:
         _with_interval(summary, "mean_tokens", "mean_tokens_interval", ".0f"),
         f"{summary['wall_s'] / 60:.0f}",
         f"{summary['peak_rss_gb']:.1f}",
+        f"`{command(summary)}`",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def command(summary: dict[str, Any]) -> str:
+    """The command line that runs a summary's recipe again."""
+    file = HERE / f"{summary['name']}.py"
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    own, now = flat(summary["recipe"]), flat(resolved(module.get_config()))
+    changed = [f" --set {path}={value}" for path, value in own.items() if path not in ("name", "out") and now.get(path) != value]
+    return f"meetjax align experiments/{file.name}{''.join(changed)}"
+
+
+def flat(node: Any, path: str = "") -> dict[str, Any]:
+    """Field path -> value, as `--set` writes it."""
+    if isinstance(node, dict):
+        return {key: value for name, item in node.items() for key, value in flat(item, f"{path}.{name}" if path else name).items()}
+    if isinstance(node, list) and any(isinstance(item, (dict, list)) for item in node):
+        return {key: value for i, item in enumerate(node) for key, value in flat(item, f"{path}.{i}").items()}
+    return {path: ",".join(map(str, node)) if isinstance(node, list) else node}
 
 
 def _number(summary: dict[str, Any], name: str, form: str) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from meetjax.train.stage import override, resolved
+from tests.test_stages import load_experiment
+
 FILE = Path(__file__).parent.parent / "experiments" / "results.py"
 
 
@@ -39,10 +42,23 @@ def test_a_run_is_kept_and_shown(results, tmp_path, monkeypatch):
         "held_out_n": 495, "baseline_shorter_accuracy": 0.5394, "wall_s": 1680.0, "peak_rss_gb": 6.438,
         "recipe": {"data": {"path": str(data)}, "train": {"seed": 3, "steps": 200, "batch_size": 4}, "stages": [{}, {}], "out": "there"},
     }  # fmt: skip
+    (tmp_path / "edit_dpo_hh.py").write_text((FILE.parent / "edit_dpo_hh.py").read_text())
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
     monkeypatch.setattr(results, "HERE", tmp_path)
     assert results.keep(tmp_path / "run") == tmp_path / "results" / "run.json"
     row = results.table(tmp_path / "results").splitlines()[-1]
-    expected = "| `edit_dpo_hh` | pairs.jsonl | 3 | 400 x 4 | 34,560 | 0.628 (0.585 to 0.670, 495) | 0.539 | - | - | - | 28 | 6.4 |"
-    assert row == expected
+    expected = "| `edit_dpo_hh` | pairs.jsonl | 3 | 400 x 4 | 34,560 | 0.628 (0.585 to 0.670, 495) | 0.539 | - | - | - | 28 | 6.4 | `"
+    assert row.startswith(expected) and row.endswith("--set data.path=pairs.jsonl --set train.seed=3` |")
+
+
+def test_the_command_of_a_row_gives_its_recipe(results):
+    files = sorted((FILE.parent / "results").glob("*.json"))
+    assert files
+    for file in files:
+        summary = json.loads(file.read_text())
+        words = results.command(summary).split()
+        module = load_experiment(Path(words[2]).stem)
+        made = json.loads(json.dumps(resolved(override(module.get_config(), words[4::2]))))
+        kept = results.flat(summary["recipe"] | {"out": made["out"]})
+        assert kept.items() <= results.flat(made).items(), file

@@ -106,7 +106,8 @@ class Bench:
         self.add(
             f"largest difference of the loss over {steps} steps", "<= 1e-3", worst, worst <= 1e-3, f"last {mine[-1]:.5f}, {other[-1]:.5f}"
         )
-        ours.close(), theirs.close()
+        ours.close()
+        theirs.close()
 
     def generate(self) -> None:
         ours, theirs = self.ours("generate", "float32"), self.theirs("generate", "float32", "-")
@@ -115,7 +116,8 @@ class Bench:
         seconds = ours.ask("generate", **asked)
         detail = f"{8 * 128 / seconds:.0f} tokens/s; rounds {' '.join(f'{r:.2f}' for r in ratios)}"
         self.add("generation of 8 x 128 tokens against transformers", ">= 3x", median(ratios), median(ratios) >= 3, detail)
-        ours.close(), theirs.close()
+        ours.close()
+        theirs.close()
 
     def decode(self) -> None:
         ours = self.ours("generate", "float32")
