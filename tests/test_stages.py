@@ -188,6 +188,7 @@ EXPERIMENTS = sorted(path for path in FOLDER.glob("*.py") if "def get_config()" 
 SHORT = {
     "rahf_scit": ["stages.0.view.instructions=bad,good", "stages.1.view.instructions=bad,good"],
     "red_e2e": ["data.columns="],
+    "ra_dpo": ["data.form=auto", "data.split=none", "stages.0.view.goal="],
 }
 
 

@@ -99,12 +99,13 @@ def render_table(audit: Audit, title: str = "data") -> Table:
     return table
 
 
-def split_rows(records: Sequence[Record], held_out: int, seed: int = 0) -> tuple[list[Record], list[Record], Audit]:
+def split_rows(records: Sequence[Record], held_out: int, seed: int = 0, together: bool = False) -> tuple[list[Record], list[Record], Audit]:
     """Splits records into (train, held out, audit) so that no prompt is on both sides.
 
     Rows are shuffled with `numpy.random.default_rng(seed).permutation(len(records))`; the last `held_out` are held out, the
-    others train, except those whose prompt is also held out: they are removed and counted. The audit's `kept` is the
-    number of training rows. Pairs and demonstrations read from one pair file split alike.
+    others train, except those whose prompt is also held out: they are held out too (`together`, for answers that are judged beside
+    others to their prompt), or removed and counted. The audit's `kept` is the number of training rows. Pairs and demonstrations
+    read from one pair file split alike.
     Raises MeetjaxError when `held_out` leaves no training row or is not positive, or when `seed` is negative.
     """
     if seed < 0:
@@ -118,10 +119,12 @@ def split_rows(records: Sequence[Record], held_out: int, seed: int = 0) -> tuple
     train, excluded = [], {}
     for i in order[:cut]:
         record = records[i]
-        if record.prompt in prompts:
-            tally(excluded, LEAKAGE, record.where)
-        else:
+        if record.prompt not in prompts:
             train.append(record)
-    audit = Audit(len(train), excluded, {}, {"held-out rows": held_out, "held-out prompts": len(prompts)})
+        elif together:
+            kept_back.append(record)
+        else:
+            tally(excluded, LEAKAGE, record.where)
+    audit = Audit(len(train), excluded, {}, {"held-out rows": len(kept_back), "held-out prompts": len(prompts)})
     require_rows(audit, "split: training part")
     return train, kept_back, audit

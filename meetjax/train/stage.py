@@ -63,7 +63,8 @@ class View:
     0: one adapter for all rows. gates: a row's gates by its class, () for one-hot; rows without a class take the only one given.
     keep: classes of the answers used, () for all. instructions: texts by class, bad first, for objectives that ask for an answer
     in several ways (`asks`). markers: text between prompt and answer by class, not learned (Liu et al. 2023,
-    arXiv 2302.02676).
+    arXiv 2302.02676). goal: how a prompt asks for an answer of a score, with {score:g} in it: of two scored answers each is then
+    preferred under its own (RA-DPO, Zhang et al. 2024, arXiv 2410.08067), and held-out prompts ask for the highest.
     """
 
     controls: int = 0
@@ -71,6 +72,7 @@ class View:
     keep: tuple[int, ...] = ()
     markers: tuple[str, ...] = ()
     instructions: tuple[str, ...] = ()
+    goal: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from meetjax.adapters.tree import Bank, check_gates, columns
 from meetjax.data.audit import Audit, render_table, split_rows, then
-from meetjax.data.convert import BAD, GOOD, convert, instructed
+from meetjax.data.convert import BAD, GOOD, convert, goal_conditioned, instructed, with_request
 from meetjax.data.edits import with_edit_weights
 from meetjax.data.loader import Buckets, choose_buckets
 from meetjax.data.partners import with_partners
@@ -39,14 +40,16 @@ def read_rows(data: Data, stage: Stage, tokenizer: Any, console: Console) -> Spl
     The split comes first, so that it is the same for every stage. Raises MeetjaxError for data that cannot take the form.
     """
     native = form_of(data.path, data.split) if data.form == "auto" else data.form
+    records: list[Any]
     records, read = read_records(data.path, native, data.split, data.limit, data.columns)
     held_out: list[Any] = []
     audits = [read]
     if data.held_out:
-        records, held_out, split = split_rows(records, data.held_out, data.seed)
+        records, held_out, split = split_rows(records, data.held_out, data.seed, together=native in ("labelled", "scored"))
         audits.append(split)
-    form = stage.objective.form
-    records = convert(records, form, threshold=data.threshold, gap=data.gap)
+    form, goal = stage.objective.form, _goal(stage.view, native, stage.objective.form)
+    best = max(record.score for record in records) if goal else 0.0
+    records = goal_conditioned(records, goal, data.gap) if goal else convert(records, form, threshold=data.threshold, gap=data.gap)
     if stage.view.keep and form == "labelled":
         given = {record.label for record in records}
         if absent := sorted(set(stage.view.keep) - given):
@@ -67,6 +70,8 @@ def read_rows(data: Data, stage: Stage, tokenizer: Any, console: Console) -> Spl
         return Split(rows, None, None, [], data.buckets or choose_buckets(rows))
     if native in ("scored", "edited") or getattr(stage.objective, "reads_rewards", False):  # a reward of one answer alone says nothing
         held_out = convert(held_out, "pair", gap=data.gap)
+    if goal:
+        held_out = [dataclasses.replace(pair, prompt=with_request(pair.prompt, goal(best))) for pair in held_out]
     pairs, bad = isinstance(held_out[0], Pair), None
     good, audit = _tokenized(held_out, data, tokenizer, stage.view.markers, GOOD if pairs else None)
     good = _gated(good, stage.view, GOOD if pairs else None)
@@ -74,6 +79,20 @@ def read_rows(data: Data, stage: Stage, tokenizer: Any, console: Console) -> Spl
     if pairs and _classes_told(stage.view, rows):
         bad = _gated(_tokenized(held_out, data, tokenizer, stage.view.markers, BAD)[0], stage.view, BAD)
     return Split(rows, good, bad, held_out, data.buckets or choose_buckets(rows, good, *([bad] if bad else [])))
+
+
+def _goal(view: View, native: str, form: str) -> Callable[[float], str] | None:
+    """The text that asks for a score, where the view has one."""
+    if not view.goal:
+        return None
+    if native != "scored" or form != "pair":
+        expected = "scored records and an objective of pairs (--set data.form=scored)"
+        raise MeetjaxError("recipe: view.goal", expected=expected, found=f"{native} records and an objective of form {form}")
+    try:
+        assert view.goal.format(score=1.0) != view.goal.format(score=2.0)
+    except (AssertionError, LookupError, ValueError) as error:
+        raise MeetjaxError("recipe: view.goal", expected="a text with {score:g} in it", found=repr(view.goal)) from error
+    return lambda score: view.goal.format(score=score)
 
 
 def check_columns(bank: Bank, rows: Rows, where: str) -> None:

@@ -56,6 +56,8 @@ def test_split_shares_no_prompt_and_loses_no_row(prompts, data):
     assert not {r.prompt for r in train} & {r.prompt for r in held}
     removed = sum(finding.count for finding in audit.excluded.values())
     assert len(train) + len(held) + removed == len(records) and audit.kept == len(train)
+    train, all_held, audit = split_rows(records, held_out, seed, together=True)
+    assert train == expected and all_held[:held_out] == held and len(all_held) == len(held) + removed and not audit.excluded
 
 
 def test_pairs_and_demonstrations_split_alike():

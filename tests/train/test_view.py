@@ -81,6 +81,26 @@ def test_labelled_answers_are_pairs_when_held_out_from_a_reward_model(model, tmp
     assert split_of(model, str(tmp_path / "labelled.jsonl"), BradleyTerry()).held_out.starts.shape[1] == 2
 
 
+def test_a_goal_asks_each_answer_for_its_own_score(model, tmp_path):
+    rows = [
+        {"prompt": f"{i} cat?", "chosen": "the cat", "rejected": "how are you", "score_chosen": 8, "score_rejected": 3} for i in range(12)
+    ]
+    file = tmp_path / "scored.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = split_of(model, str(file), Dpo(), View(goal="Score {score:g}"), form="scored")
+    prompts = len({record.prompt for record in found.records})
+    assert len(found.held_out) == prompts and len(found.train) == 2 * (12 - prompts), "each way round, and no prompt on both sides"
+    texts = [model.tokenizer.decode(answer_ids(table, 0, 0)) for table in (found.train, found.held_out)]
+    assert "Score 8" in texts[0] and "Score 8" in texts[1] and "Score 3" in model.tokenizer.decode(answer_ids(found.train, 1, 0))
+    for view, form, message in (
+        (View(goal="Score {score:g}"), "pair", "scored records"),
+        (View(goal="Score"), "scored", "a text with {score:g}"),
+        (View(goal="Score {s}"), "scored", "a text with {score:g}"),
+    ):
+        with pytest.raises(MeetjaxError, match=message):
+            split_of(model, str(file), Dpo(), view, form=form)
+
+
 def test_classes_choose_gates_and_held_out_pairs_are_seen_under_both(model, pairs_file):
     found = split_of(model, pairs_file, LabelledSft(), View(controls=2))
     np.testing.assert_array_equal(found.train.gates, np.eye(2)[found.train.classes])
