@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from meetjax.models.attention import MASKED, attention
+from meetjax.models.attention import MASKED, _blocks, attention
 from meetjax.models.bits import held, keep, to_bits
 from meetjax.models.decoder import apply
 from meetjax.models.products import dot
@@ -58,17 +58,19 @@ def naive_attention(q, k, v, bias):
     return jnp.einsum("bnts,bnsh->btnh", jax.nn.softmax(scores, axis=-1), v)
 
 
+@pytest.mark.parametrize("lead", [None, 0, 3, 70])
 @pytest.mark.parametrize("masked", ["causal", "bias"])
-def test_gradients_of_attention(masked):
-    """The bias's too: soft-prompt gates enter there."""
-    q = jax.random.normal(KEYS[0], (2, 5, 4, 8))
-    k, v = (jax.random.normal(key, (2, 2, 5, 8)) for key in KEYS[1:3])
-    causal = jnp.where(jnp.tril(jnp.ones((5, 5), bool)), 0.0, MASKED)[None, None]
+def test_gradients_of_attention(masked, lead):
+    """All at once or in blocks, 150 queries; the bias's too: soft-prompt gates enter there. The first `lead` see one key more."""
+    q = jax.random.normal(KEYS[0], (2, 150, 4, 8))
+    k, v = (jax.random.normal(key, (2, 2, 150, 8)) for key in KEYS[1:3])
+    causal = jnp.where(jnp.tril(jnp.ones((150, 150), bool)), 0.0, MASKED)[None, None]
     if masked == "causal":
-        found, expected = jax.vjp(lambda *x: attention(*x, None), q, k, v), jax.vjp(lambda *x: naive_attention(*x, causal), q, k, v)
+        found, expected = jax.vjp(lambda *x: attention(*x, None, lead), q, k, v), jax.vjp(lambda *x: naive_attention(*x, causal), q, k, v)
     else:
-        bias = jax.random.normal(KEYS[3], (2, 1, 5, 5)) + causal
-        found, expected = jax.vjp(attention, q, k, v, bias), jax.vjp(naive_attention, q, k, v, bias)
+        seen = causal if not lead else causal.at[:, :, :lead, : lead + 1].set(0.0)
+        bias = jax.random.normal(KEYS[3], (2, 1, 150, 150)) + seen
+        found, expected = jax.vjp(lambda *x: attention(*x, lead), q, k, v, bias), jax.vjp(naive_attention, q, k, v, bias)
     assert_close(found[0], expected[0])
     assert_trees_close(found[1](q), expected[1](q))
 
@@ -77,6 +79,13 @@ def test_a_query_that_sees_nothing_stays_finite():
     q, k = jnp.ones((1, 2, 2, 4)), jnp.ones((1, 1, 2, 4))
     out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, jnp.full((1, 1, 2, 2), MASKED)), q, k, k)
     assert all(jnp.isfinite(x).all() for x in (out, *pull(out)))
+
+
+def test_blocks_of_attention_leave_nothing_out():
+    for length, lead in ((1, 0), (64, 0), (65, 0), (150, 70), (40, 60), (5000, 20)):
+        blocks = _blocks(length, lead)
+        assert [place for block in blocks for place in range(*block)] == list(range(length)) and len(blocks) <= 9
+        assert blocks[0][1] >= min(lead + 1, length)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
