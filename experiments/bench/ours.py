@@ -37,6 +37,7 @@ from meetjax.models.save import save_model
 from meetjax.objectives.logps import compiled_answer_logps
 from meetjax.objectives.preference import Dpo
 from meetjax.objectives.sft import Sft
+from meetjax.train.flops import step_flops
 from meetjax.train.memory import compile_step
 from meetjax.train.optim import make_optimizer
 from meetjax.train.stage import Data, Optim, Stage
@@ -108,17 +109,11 @@ def train(batches: list[list[int]]) -> dict[str, Any]:
 
 
 def useful_flops(n: int) -> float:
-    """FLOPs that a step must spend on a row: 4 a weight and distinct token, attention over what each token may see, head on the answers.
-
-    Forward and the gradient in the activations; the base is frozen, and what LoRA itself needs is not counted.
-    """
-    weights = sum(int(np.prod(leaf.shape)) for name, leaf in MODEL.params["blocks"].items() if sites.BLOCK[name].linear)
+    """What a step must spend on row n; what LoRA itself needs is not counted."""
     common, ends, starts = int(ROWS.common[n]), ROWS.lengths[n], ROWS.starts[n]
     own = [range(common + 1, int(end) + 1) for end in ends]
-    seen = common * (common + 1) / 2 + sum(sum(places) for places in own)
-    attention = 3 * 4 * seen * CONFIG.heads * CONFIG.head_width * CONFIG.layers
-    head = 4 * CONFIG.vocab * CONFIG.width * float((ends - starts).sum())
-    return 4 * weights * (common + sum(map(len, own))) + attention + head
+    seen = common * (common + 1) // 2 + sum(map(sum, own))
+    return step_flops(CONFIG, common + sum(map(len, own)), seen, int((ends - starts).sum()))
 
 
 def matmul(side: int = 2048, repeats: int = 10) -> float:
