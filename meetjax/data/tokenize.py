@@ -1,9 +1,10 @@
-"""From records to token rows: each answer is tokenised once, together with its prompt, and split by character offsets."""
+"""From records to token rows: each answer is tokenised with its prompt, as one text, and split from it by character offsets."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -91,6 +92,7 @@ def tokenize_records(
     noted: dict[str, Finding] = {}
     bos = added_bos(tokenizer)
     special = set(tokenizer.all_special_ids)
+    hard = _hard_tokens(tokenizer)
     kept: list[tuple[int, list[np.ndarray], list[int]]] = []
     for first in range(0, len(records), CHUNK):
         chunk = list(enumerate(records[first : first + CHUNK], start=first))
@@ -104,10 +106,16 @@ def tokenize_records(
                 rendered.append((index, record, texts if len(texts) > 1 else texts * len(answers(record))))
             except TemplateRefusal:
                 tally(excluded, REFUSED, record.where)
-        whole = [text + answer for _, record, texts in rendered for text, answer in zip(texts, answers(record), strict=True)]
-        encoded = iter(_encode(tokenizer, whole))
+        cuts = {text: _last_end(hard, text) for _, _, texts in rendered for text in texts}
+        fronts = list(dict.fromkeys(text[:cut] for text, cut in cuts.items()))
+        known = {front: encoding.ids for front, encoding in zip(fronts, _encode(tokenizer, fronts), strict=True)}
+        rests = [text[cuts[text] :] + answer for _, record, texts in rendered for text, answer in zip(texts, answers(record), strict=True)]
+        encoded = iter(_encode(tokenizer, rests))
         for index, record, texts in rendered:
-            sides = [_ids_and_start(next(encoded), len(text), bos, tokenizer.eos_token_id) for text in texts]
+            sides = [
+                _ids_and_start(known[text[: cuts[text]]], next(encoded), len(text) - cuts[text], bos, tokenizer.eos_token_id)
+                for text in texts
+            ]
             row, reason, remarks = _fit(sides, tokenizer.bos_token_id, special, max_length, isinstance(record, Instructed))
             for remark in remarks:
                 tally(noted, remark, record.where)
@@ -177,15 +185,35 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Any]:
     return found.encodings
 
 
-def _ids_and_start(encoding: Any, boundary: int, bos: int | None, eos: int) -> tuple[np.ndarray, int, bool]:
-    """(ids with BOS and EOS, index of the first answer token, whether that token begins inside the prompt)."""
+def _hard_tokens(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """Matches added tokens at which any text is split before all else: what stands behind one is encoded as if alone.
+
+    So a prompt up to its last one, most of it where a chat template made it, is encoded once for all its answers. None where there
+    are none, or where the tokenizer treats the beginning of a text differently.
+    """
+    added = [token for token in tokenizer.added_tokens_decoder.values() if not (token.normalized or token.lstrip or token.rstrip)]
+    contents = sorted((re.escape(token.content) for token in added if not token.single_word), key=len, reverse=True)
+    first_differs = "prepend_scheme=first" in str(tokenizer.backend_tokenizer.pre_tokenizer)
+    return None if first_differs or not contents else re.compile("|".join(contents))
+
+
+def _last_end(hard: re.Pattern[str] | None, text: str) -> int:
+    """Where the last hard token of the text ends; 0 without one."""
+    return max((found.end() for found in hard.finditer(text)), default=0) if hard else 0
+
+
+def _ids_and_start(front: list[int], encoding: Any, boundary: int, bos: int | None, eos: int) -> tuple[np.ndarray, int, bool]:
+    """(ids with BOS and EOS, index of the first answer token, whether that token begins inside the prompt).
+
+    front: ids before the encoding, in whose text the prompt ends at `boundary`.
+    """
     ids = encoding.ids
     start = encoding.char_to_token(boundary)
     if start is None:  # a tokenizer that takes blanks out of the offsets: search them
         start = next((i for i, (_, end) in enumerate(encoding.offsets) if end > boundary), len(ids))
     straddled = start < len(ids) and encoding.token_to_chars(start)[0] < boundary
-    front = [bos] if bos is not None and ids[:1] != [bos] else []
-    return np.array([*front, *ids, eos], np.int32), start + len(front), straddled
+    before = [*([bos] if bos is not None and [*front, *ids][:1] != [bos] else []), *front]
+    return np.array([*before, *ids, eos], np.int32), start + len(before), straddled
 
 
 def _fit(

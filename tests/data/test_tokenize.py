@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from meetjax.data.records import Completion, Message, Pair, answers
 from meetjax.data.template import render_prompt
 from meetjax.data.tokenize import answer_ids, distinct_tokens, laid_lengths, tokenize_records
 from meetjax.errors import MeetjaxError
+from tests.conftest import CHAT
 
 LONG = 10_000
 FAST = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -49,6 +53,32 @@ def test_without_a_template_each_text_is_tokenised_as_one_string(plain_tokenizer
     ends = [end for _, end in encoding.offsets]
     assert rows.starts[0, 0] == sum(end <= len(prompt) for end in ends)
     assert ("a token spans prompt and answer" in audit.noted) == (len(prompt) not in ends)
+
+
+def metaspace_tokenizer(scheme):
+    """A word-piece of blanks and letters, as SentencePiece has it, with a special token."""
+    model = Tokenizer(BPE(unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=["<unk>", "<|end|>", "<|start|>"], show_progress=False)
+    model.train_from_iterator(["abc de abcd ea", "assistant user bc"] * 4, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|end|>", unk_token="<unk>")
+    made.chat_template = CHAT
+    return made
+
+
+METASPACE = {scheme: metaspace_tokenizer(scheme) for scheme in ("first", "always", "never")}
+spelled = st.lists(words | st.sampled_from(["<|start|>", "<|end|>", "<|end", "<s>"]), min_size=1, max_size=4).map("".join)
+
+
+@FAST
+@given(spelled, spelled, spelled, st.sampled_from(["bytes", *METASPACE]))
+def test_a_prompt_encoded_once_gives_the_ids_of_the_whole_text(tokenizer, prompt, chosen, rejected, kind):
+    chosen_by = METASPACE.get(kind, tokenizer)
+    record = Pair((Message("user", prompt),), chosen, rejected, "f:1")
+    rows, _ = tokenize_records([record], chosen_by, LONG)
+    for c, answer in enumerate(answers(record)):
+        whole = chosen_by(render_prompt(chosen_by, record.prompt) + answer, add_special_tokens=False)["input_ids"]
+        assert answer_ids(rows, 0, c).tolist() == [*whole, chosen_by.eos_token_id]
 
 
 @FAST
