@@ -1,4 +1,4 @@
-"""RED+ by DPO: scale and bias on five places of a layer, 172,800 parameters.
+"""RED+ by DPO: scale and bias on five places of a layer, 126,720 parameters.
 
     meetjax align experiments/red_plus.py --set data.path=HH.jsonl.gz
 
