@@ -155,7 +155,7 @@ def test_conversations_without_a_chat_template_are_told_in_one_line(inside, othe
 SETTINGS = {
     "data.path=nowhere.jsonl": "nowhere.jsonl: no such file",
     "data.path=": "recipe: data.path is empty",
-    "data.file=x": "--set data.file: field file; expected one of path, split, form, threshold, gap, limit,",
+    "data.file=x": "--set data.file: field file; expected one of path, split, columns, form, threshold, gap, limit,",
     "data.limit=many": "--set data.limit: value; expected an integer or none; found 'many'",
     "data.template=bogus": "--set data.template: value; expected auto or chat or none; found 'bogus'",
     "train.steps=0": "recipe: train.steps; expected >= 1; found 0",
