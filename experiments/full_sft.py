@@ -13,7 +13,7 @@ def get_config() -> Recipe:
     return Recipe(
         name="full_sft",
         data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
-        train=Train(steps=400, batch_size=8),
+        train=Train(steps=200, batch_size=8),
         stages=(Stage(("base",), Sft(), Optim(learning_rate=1e-5)),),
         evaluation=Evaluation(prompts=100),
     )

@@ -17,7 +17,7 @@ def get_config() -> Recipe:
     return Recipe(
         name="meet_lora",
         data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
-        train=Train(steps=200, batch_size=8),
+        train=Train(steps=100, batch_size=8),
         stages=(
             Stage((controls,), ConditionalSft(per_class=True), Optim(learning_rate=2e-4), view),
             Stage(("base", controls), ConditionalSft(), Optim(learning_rate=2e-5, base_learning_rate=1e-5), view),

@@ -17,7 +17,7 @@ def get_config() -> Recipe:
     return Recipe(
         name="meet_positives",
         data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
-        train=Train(steps=200, batch_size=8),
+        train=Train(steps=100, batch_size=8),
         stages=(
             Stage((control,), ConditionalSft(), Optim(learning_rate=1e-2), view),
             Stage(("base", control), ConditionalSft(), Optim(learning_rate=1e-3, base_learning_rate=1e-5), view),

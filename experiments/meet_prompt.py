@@ -19,7 +19,7 @@ def get_config() -> Recipe:
     return Recipe(
         name="meet_prompt",
         data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
-        train=Train(steps=200, batch_size=8),
+        train=Train(steps=100, batch_size=8),
         stages=(
             Stage((controls,), ConditionalSft(per_class=True), Optim(learning_rate=1e-2), view),
             Stage(("base", controls), ConditionalSft(), Optim(learning_rate=1e-3, base_learning_rate=1e-5), view),

@@ -17,7 +17,7 @@ def get_config() -> Recipe:
     return Recipe(
         name="meet_stage1",
         data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
-        train=Train(steps=400, batch_size=8),
+        train=Train(steps=200, batch_size=8),
         stages=(Stage((controls,), ConditionalSft(per_class=True), Optim(learning_rate=1e-2), view),),
         evaluation=Evaluation(prompts=100),
     )

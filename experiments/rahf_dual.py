@@ -19,7 +19,7 @@ def get_config() -> Recipe:
     return Recipe(
         name="rahf_dual",
         data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
-        train=Train(steps=200, batch_size=8),
+        train=Train(steps=100, batch_size=8),
         stages=(
             Stage((LoraSpec(),), ConditionalSft(per_class=True), Optim(learning_rate=2e-4), View(controls=2)),
             Stage((student,), fit, Optim(learning_rate=3e-4, schedule="constant"), absorb=(0.0, 1.0)),

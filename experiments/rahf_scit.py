@@ -25,7 +25,7 @@ def get_config() -> Recipe:
     return Recipe(
         name="rahf_scit",
         data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
-        train=Train(steps=200, batch_size=4),
+        train=Train(steps=100, batch_size=4),
         stages=(
             Stage((LoraSpec(),), Scit(), Optim(learning_rate=2e-4), view),
             Stage((student,), Rahf(taps=(9, 11, 13, 15, 17)), Optim(learning_rate=3e-4, schedule="constant"), view, absorb=(1.0,)),

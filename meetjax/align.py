@@ -111,7 +111,8 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
         summary |= held_out(untrained, policy, judged.held_out, np.zeros_like(policy) if rewarded else contrast)
     if recipe.evaluation.prompts:
         summary |= _moved(recipe, model, loaded, bank, judged, console)
-    summary |= {"wall_s": round(time.monotonic() - begun, 1), "peak_rss_gb": round(peak_rss_gb(), 3)}
+    summary |= {"wall_s": round(time.monotonic() - begun, 1), "cpu_s": round(time.process_time(), 1)}
+    summary["peak_rss_gb"] = round(peak_rss_gb(), 3)
     console.print(f"wrote {write_summary(summary, out)}")
     return summary
 
