@@ -53,7 +53,9 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     out = Path(recipe.out or f"runs/{recipe.name}")
     mesh = make_mesh(recipe.train.mesh)
     console.print(f"{recipe.name}: {recipe.model} -> {out}")
-    loaded = load(recipe.model, dtype=recipe.dtype, shardings=lambda config: base_shardings(config, mesh))
+    loaded = load(
+        recipe.model, dtype=recipe.dtype, shardings=lambda config: base_shardings(config, mesh), quantize=recipe.quantize
+    )  # fmt: skip
     loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, dtype=recipe.dtype))
     if recipe.data.max_length > loaded.config.max_position:
         expected = f"at most {loaded.config.max_position}, the positions of {loaded.name}"
@@ -99,7 +101,9 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
         model = dataclasses.replace(model, name=str(out / "model"), fingerprint=fingerprint(model.config, model.params))
         console.print(f"wrote {save_model(model, out / 'model')}")
     if kinds(bank):
-        save_adapters(out / "adapters", bank, base=model.name, fingerprint=model.fingerprint, recipe=resolved(recipe))
+        save_adapters(
+            out / "adapters", bank, base=model.name, fingerprint=model.fingerprint, quantize=model.quantize, recipe=resolved(recipe)
+        )  # fmt: skip
     if judged.held_out is not None:
         console.print(f"evaluating on {len(judged.held_out):,} held-out rows")
         rewarded = getattr(recipe.stages[-1].objective, "reads_rewards", False)

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -64,6 +64,7 @@ def generate(
     strength: float | None = None,
     dial: float | None = None,
     model: str = "smollm2-135m-instruct",
+    quantize: Literal["none", "int8", "int4"] = "none",
     system: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -79,6 +80,7 @@ def generate(
         strength: how much of the adapter: 0 base, 1 trained, between, beyond, or below 0 for the other way.
         dial: mix logits instead of weights, z = dial * adapted + (1 - dial) * base, with the adapter in full.
         model: hub id, folder, .gguf file or smollm2-135m-instruct.
+        quantize: hold the linear weights as integers.
         system: a system message.
         max_new_tokens: limit of the answer in tokens.
         temperature: 0 is greedy.
@@ -97,7 +99,7 @@ def generate(
     if strength is not None and dial is not None:
         raise MeetjaxError("generate: --strength and --dial", expected="one of them", found="both")
     sampling = Sampling(temperature, top_k, top_p)
-    loaded = load(model)
+    loaded = load(model, quantize=quantize)
     bank, gates = None, None
     if adapter is not None:
         bank = load_adapters(adapter, loaded.fingerprint)

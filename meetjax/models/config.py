@@ -125,6 +125,10 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
             raise MeetjaxError(f"{where}: field {field}", expected="an integer", found=raw.get(field))
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise MeetjaxError(f"{where}: field hidden_act", expected="silu", found=raw["hidden_act"])
+    quantised = (raw.get("quantization_config") or {}).get("quant_method")
+    if quantised not in (None, "bitsandbytes"):
+        fix = "use an unquantised checkpoint, and quantize=int8 or int4 to hold it so"
+        raise MeetjaxError(f"{where}: quantization_config.quant_method", expected="bitsandbytes or none", found=quantised, fix=fix)
     windowed, biases = FAMILIES[family]
     if family == "llama":
         biases += tuple(site for field, group in LLAMA_BIASES.items() if raw.get(field) for site in group)

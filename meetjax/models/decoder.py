@@ -19,6 +19,7 @@ from meetjax.models import layers, sites
 from meetjax.models.attention import Rows, make_attend, make_layout, make_step_layout, text_rows
 from meetjax.models.bits import KEPT_ONLY, held, to_bits
 from meetjax.models.config import ModelConfig
+from meetjax.models.quant import is_quantized
 from meetjax.models.streams import block_gates, fan_out, kind_gates, make_streams, mix, repeat
 from meetjax.types import Array, Params
 
@@ -33,6 +34,17 @@ def _initializer(site: sites.Site) -> Callable:
 
 def _windowed(config: ModelConfig, layer: int) -> bool:
     return config.window_layers is None or layer in config.window_layers
+
+
+def _leaf(module: nn.Module, config: ModelConfig, site: sites.Site) -> Any:
+    """A parameter as Linen makes and checks it; a quantised one, a tree whose shape Linen cannot check, as it is given."""
+    shape = sites.shape(config, site)
+    given: Any = module.get_variable("params", site.name)
+    if not is_quantized(given):
+        return module.param(site.name, _initializer(site), shape)
+    if given.shape != shape:
+        raise MeetjaxError(f"params: leaf {site.name} of a block", expected=shape, found=given.shape)
+    return given
 
 
 class Block(nn.Module):
@@ -50,7 +62,7 @@ class Block(nn.Module):
     def __call__(self, carry: tuple[Array, Any], layer: dict[str, Any], shared: tuple) -> tuple[tuple[Array, Any], Any]:
         h, taps = carry
         table = sites.block_sites(self.config)
-        params = {name: self.param(name, _initializer(site), sites.shape(self.config, site)) for name, site in table.items()}
+        params = {name: _leaf(self, self.config, site) for name, site in table.items()}
 
         def run(params: dict, bits: Array, h: Array, layer: dict[str, Any], shared: tuple) -> tuple[Array, Any]:
             layout, gates = shared

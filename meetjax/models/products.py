@@ -6,29 +6,41 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Float
 
+from meetjax.errors import MeetjaxError
+from meetjax.models.quant import is_quantized, plain
 from meetjax.types import Array
 
 
 @jax.custom_vjp
-def dot(x: Float[Array, "... in"], w: Float[Array, "in out"]) -> Float[Array, "... out"]:
+def dot(x: Float[Array, "... in"], w: Float[Array, "in out"] | Any) -> Float[Array, "... out"]:
     """x W in x's dtype with float32 accumulation (a bf16 product with a bf16 result is slower than float32 on CPU).
 
     The gradient in a frozen W is never written down, so nothing is kept for it; the gradient in a W that trains is float32 until
-    it takes W's dtype.
+    it takes W's dtype. A quantised W is made a matrix of numbers here, at every use, and cannot train.
     """
     return _contract(x, w, 0)
 
 
-def _contract(x: Array, w: Array, axis: int) -> Array:
-    product = jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+def _contract(x: Array, w: Any, axis: int) -> Array:
+    matrix = plain(w).astype(x.dtype)
+    product = jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
     return product.astype(x.dtype)
 
 
 def _forward(x: Any, w: Any) -> tuple[Array, tuple]:
-    return _contract(x.value, w.value, 0), (x.value if w.perturbed else None, w.value)
+    parts = jax.tree.leaves(w, is_leaf=_is_primal)
+    value = jax.tree.map(lambda part: part.value, w, is_leaf=_is_primal)
+    trains = any(part.perturbed for part in parts)
+    if trains and is_quantized(value):
+        raise MeetjaxError("a quantised weight cannot train", fix="train adapters on it, or load the base with quantize none")
+    return _contract(x.value, value, 0), (x.value if trains else None, value)
+
+
+def _is_primal(node: Any) -> bool:
+    return isinstance(node, CustomVJPPrimal)
 
 
 def _backward(kept: tuple, g: Any) -> tuple:

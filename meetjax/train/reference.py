@@ -35,12 +35,13 @@ class Reference:
 
         adapters: a bank that belongs to the reference, under the batch's gates; its scores are kept in memory only.
 
-        A key names all that a score depends on (base, token ids, places of the answers, shapes, dtype, mesh, backend, JAX and the
+        A key names all that a score depends on (base and dtypes, token ids, places of the answers, shapes, dtype, mesh, backend, JAX and the
         code of the forward pass), so that no entry can be stale. Raises MeetjaxError when the file cannot be used.
         """
         self._model = config, params, adapters
         self._known: dict[str, Float[np.ndarray, "B C"]] = {}
-        self._base = [fingerprint, repr(config), jax.default_backend(), jax.__version__, _code()]
+        held = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})  # integers too, where the base is quantised
+        self._base = [fingerprint, repr(config), str(held), jax.default_backend(), jax.__version__, _code()]
         self._store = None if file is None or adapters is not None else _Store(file)
 
     def logps(self, batch: Batch, rows: Rows, chosen: np.ndarray, mesh: jax.sharding.Mesh | None = None) -> Float[np.ndarray, "B C"]:

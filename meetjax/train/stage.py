@@ -12,6 +12,7 @@ from meetjax.adapters.bank import KIND_OF, Spec
 from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.reward import RewardSpec
 from meetjax.errors import MeetjaxError
+from meetjax.models.quant import Quantize
 from meetjax.objectives.bounds import bounds_of
 from meetjax.objectives.preference import Dpo
 from meetjax.objectives.table import OBJECTIVES
@@ -138,7 +139,10 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything a run needs; stored resolved beside every checkpoint and adapter."""
+    """Everything a run needs; stored resolved beside every checkpoint and adapter.
+
+    quantize: how the linear weights of the base are held while it is frozen (`models.quant`); what absorbs adapters is whole again.
+    """
 
     name: str
     model: str = "smollm2-135m-instruct"
@@ -147,6 +151,7 @@ class Recipe:
     stages: tuple[Stage, ...] = (Stage(),)
     out: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Quantize = "none"
     remat: Literal["auto", "none", "dots", "full"] = "auto"
     evaluation: Evaluation = Evaluation()
 
@@ -178,6 +183,10 @@ def check_recipe(recipe: Recipe) -> None:
         if not stage.trains:
             expected = "base or some of " + ", ".join(KIND_OF.values())
             raise MeetjaxError(f"recipe: stages.{i}.trains: zero trainable leaves", expected=expected, found="()")
+        if "base" in stage.trains and recipe.quantize != "none":
+            raise MeetjaxError(
+                f"recipe: stages.{i}.trains: base", expected="quantize=none, for integers do not train", found=recipe.quantize
+            )
         trained = [type(spec) for earlier in recipe.stages[: i + 1] for spec in earlier.trains]
         if getattr(stage.objective, "reads_rewards", False) and RewardSpec not in trained:
             expected = f"RewardSpec() here or in an earlier stage, the head of {type(stage.objective).__name__}"
