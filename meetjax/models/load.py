@@ -45,8 +45,8 @@ def load(
 
     dtype: of every leaf, "float32" or "bfloat16". shardings: tree of NamedSharding with the structure of `sites.shapes(config)`,
     or a function of the config that makes it; each device then reads only its part of safetensors files. mesh alone: replicated.
-    Neither: the default device. quantize: "int8" or "int4" for the linear sites of the
-    blocks, made leaf by leaf as they are read. Raises MeetjaxError for a source that cannot be found, fetched, read or recognised.
+    Neither: the default device. quantize: "int8" or "int4" for the linear sites of the blocks, made leaf by leaf
+    as they are read. Raises MeetjaxError for a source that cannot be found, fetched, read or recognised.
     """
     check_quantize(quantize)
     found = find_source(source)

@@ -29,7 +29,7 @@ Quantize = Literal["none", "int8", "int4"]
 TILE = 32
 """Inputs of a column that share a scale; where it does not divide the axis, their greatest common divisor do."""
 RANGES = {"int8": (-128, 127), "int4": (-8, 7)}
-STRETCHES, TRIES = {"int8": (0.995, 1.15), "int4": (0.8, 1.2)}, 32
+STRETCHES, TRIES = {"int8": (0.995, 1.155), "int4": (0.8, 1.2)}, 33
 """Of the step that just covers a tile, tried in equal steps: a slightly other one can fall on more of its numbers."""
 
 

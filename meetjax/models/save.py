@@ -34,8 +34,9 @@ OURS = "meetjax"
 def save_model(model: Model, folder: str | Path) -> Path:
     """Writes `model.safetensors` (every leaf in its own dtype), `config.json` and the tokenizer with its chat template.
 
-    A quantised base is written dequantised. A tied head is written once, as the embedding. Biases that the format has only together with others get zeros beside them (see
-    `writable`), so the folder of an edit merged into `down` computes the same with more leaves. One leaf at a time is on the host.
+    A quantised base is written dequantised. A tied head is written once, as the embedding. Biases that the format has only together
+    with others get zeros beside them (see `writable`), so the folder of an edit merged into `down` computes the same with more leaves.
+    One leaf at a time is on the host.
     The folder appears whole or not at all; one that `save_model` wrote before is replaced. Raises MeetjaxError, with nothing
     changed, for another folder or a file in its place, a model that the format cannot say, and leaves that are not finite.
     """

@@ -35,7 +35,7 @@ class Reference:
 
         adapters: a bank that belongs to the reference, under the batch's gates; its scores are kept in memory only.
 
-        A key names all that a score depends on (base and dtypes, token ids, places of the answers, shapes, dtype, mesh, backend, JAX and the
+        A key names all that a score depends on (base, dtypes, token ids, places of the answers, shapes, mesh, backend, JAX and the
         code of the forward pass), so that no entry can be stale. Raises MeetjaxError when the file cannot be used.
         """
         self._model = config, params, adapters
