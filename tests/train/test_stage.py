@@ -39,6 +39,7 @@ SET = {  # setting -> (path to the value, value)
     "train.mesh=(4, 1, 2)": (("train", "mesh"), (4, 1, 2)),
     "train.mesh.1=8": (("train", "mesh", 1), 8),
     "dtype=bfloat16": (("dtype",), "bfloat16"),
+    "quantize=int4": (("quantize",), "int4"),
     "stages.0.optim.learning_rate=1e-3": (("stages", 0, "optim", "learning_rate"), 1e-3),
     "stages.0.optim.clip=2": (("stages", 0, "optim", "clip"), 2.0),
     "stages.0.optim.schedule=linear": (("stages", 0, "optim", "schedule"), "linear"),
@@ -115,6 +116,7 @@ def test_override_refuses(setting):
 WRONG = {  # change -> what the message says
     "data.path=": "recipe: data.path is empty; give a file or hub id",
     "data.columns=text": "recipe: data.columns; expected names of prompt and completion, or (); found ('text',)",
+    "quantize=int8": "recipe: stages.1.trains: base; expected quantize=none, for integers do not train; found int8",
     "train.steps=0": "recipe: train.steps; expected >= 1; found 0",
     "train.batch_size=0": "recipe: train.batch_size; expected >= 1; found 0",
     "train.microbatches=3": "recipe: train.microbatches; expected a divisor of train.batch_size = 8; found 3",
