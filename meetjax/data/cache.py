@@ -52,7 +52,7 @@ def cached_rows(
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.partial")
         with open(partial, "wb") as out:
-            columns = {name: column for name, column in vars(rows).items() if isinstance(column, np.ndarray)}
+            columns: dict[str, Any] = {name: column for name, column in vars(rows).items() if isinstance(column, np.ndarray)}
             np.savez(out, audit=json.dumps(dataclasses.asdict(audit)), **columns)
         os.replace(partial, file)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
