@@ -20,13 +20,22 @@ from meetjax.errors import MeetjaxError
 def align(
     file: Annotated[Path, tyro.conf.Positional],
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FIELD=VALUE")] = (),
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
 ) -> None:
-    """Train the recipe of a file with get_config().
+    """Train the recipe of a file with get_config(), on one host or, started alike on each of them, on several.
 
     Args:
         file: an experiment, such as experiments/edit_dpo_hh.py.
         set: change a field of the recipe, such as train.steps=50 or out=runs/mine; may be repeated.
+        coordinator: HOST:PORT of process 0 of several; not needed on Cloud TPU, GKE and Slurm, which are recognised.
+        processes: how many processes take part.
+        process: which of them this is, from 0.
     """
+    from meetjax.launch import join_hosts
+
+    join_hosts(coordinator, processes, process)
     from meetjax.align import align as run
     from meetjax.train.stage import Recipe, override
 

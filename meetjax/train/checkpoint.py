@@ -13,6 +13,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from meetjax.adapters.tree import flatten, unflatten
 from meetjax.errors import MeetjaxError
+from meetjax.train.hosts import differences
 from meetjax.train.step import State
 
 KEEP = 2
@@ -51,7 +52,7 @@ class Checkpoints:
             if latest is None:
                 return None
             stored = self._orbax.load_checkpointables(latest.step, {"identity": None})["identity"]
-            if differing := _differences(stored, self.identity):
+            if differing := differences(stored, self.identity):
                 where, old, new = differing[0]
                 raise MeetjaxError(
                     f"{self.folder}: checkpoint of another run: {where}",
@@ -87,12 +88,3 @@ class Checkpoints:
                 found=f"{type(error).__name__}: {error}"[:300],
                 fix="earlier checkpoints are untouched; free space or choose another out folder",
             ) from error
-
-
-def _differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(set(old) | set(new))
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
-    if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) and len(old) == len(new):
-        return [d for i, pair in enumerate(zip(old, new, strict=True)) for d in _differences(*pair, f"{where}.{i}")]
-    return [] if old == new else [(where, old, new)]

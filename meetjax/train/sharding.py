@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
 from meetjax.models.config import ModelConfig
+from meetjax.train.hosts import share_of
 from meetjax.types import BATCH_AXES, Batch
 
 MESH_AXES = ("data", "fsdp", "model")
@@ -51,8 +52,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch on the mesh, rows split over the batch axes. Raises MeetjaxError when they do not divide."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch.tokens.shape[0] % ways:
-        raise MeetjaxError("recipe: train.batch_size", expected=f"a multiple of data x fsdp = {ways}", found=batch.tokens.shape[0])
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+    """The batch on the mesh, rows split over the batch axes; of several hosts each gives its own rows (`hosts.share_of`).
+
+    Raises MeetjaxError when they do not divide.
+    """
+    ways, parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES), share_of(mesh)[1]
+    if (rows := batch.tokens.shape[0] * parts) % ways:
+        raise MeetjaxError("recipe: train.batch_size", expected=f"a multiple of data x fsdp = {ways}", found=rows)
+    where = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    if jax.process_count() == 1:
+        return jax.device_put(batch, where)
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(where, leaf, (rows, *leaf.shape[1:])), batch)
