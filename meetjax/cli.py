@@ -20,13 +20,22 @@ from meetjax.errors import MeetjaxError
 def align(
     file: Annotated[Path, tyro.conf.Positional],
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FIELD=VALUE")] = (),
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
 ) -> None:
-    """Train the recipe of a file with get_config().
+    """Train the recipe of a file with get_config(), on one host or, started alike on each of them, on several.
 
     Args:
         file: an experiment, such as experiments/edit_dpo_hh.py.
         set: change a field of the recipe, such as train.steps=50 or out=runs/mine; may be repeated.
+        coordinator: HOST:PORT of process 0 of several; not needed on Cloud TPU, GKE and Slurm, which are recognised.
+        processes: how many processes take part.
+        process: which of them this is, from 0.
     """
+    from meetjax.launch import join_hosts
+
+    join_hosts(coordinator, processes, process)
     from meetjax.align import align as run
     from meetjax.train.stage import Recipe, override
 
@@ -162,13 +171,16 @@ COMMANDS = {function.__name__: function for function in (align, grid, generate, 
 
 
 def main() -> None:
-    """Runs a sub-command. Exit status 2 for bad input (one line on stderr, a traceback only with --debug), 143 after SIGTERM."""
+    """Runs a sub-command. Exit status 2 for bad input (one line on stderr, a traceback only with --debug), 143 after SIGTERM,
+    75 when another host of the run is gone.
+    """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import jax
 
+    from meetjax.launch import fail, leave
     from meetjax.models.sources import cache_dir
     from meetjax.train.fit import Interrupted
 
@@ -182,13 +194,15 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
-        sys.exit(143)
+        leave(143)
     except KeyboardInterrupt:
         print("interrupted; the last checkpoint stands, run the same command to go on", file=sys.stderr)
-        sys.exit(130)
+        leave(130)
+    except Exception as error:
+        fail(error)
 
 
 if __name__ == "__main__":
