@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -107,6 +107,47 @@ def generate(
     print(generate_texts(loaded, [request], adapters=bank, max_new_tokens=max_new_tokens)[0].text)
 
 
+def export(
+    adapter: Annotated[Path, tyro.conf.Positional],
+    to: Literal["peft", "merged", "gguf-vector", "prompt-embeds"],
+    out: Path,
+    model: str = "smollm2-135m-instruct",
+    strength: tuple[float, ...] = (),
+) -> None:
+    """Write an adapter in a form that other programs read, and compare the logits that they compute from it.
+
+    Args:
+        adapter: folder of a trained adapter.
+        to: a peft adapter (LoRA, soft prompt), a merged Hugging Face model (LoRA, edits), a control vector for llama.cpp (biases
+            at down), or embeddings for servers that take them (soft prompt).
+        out: a new folder.
+        model: the base: hub id, folder, .gguf file or smollm2-135m-instruct.
+        strength: of the adapter, fixed in what is written; or one for each of its gate columns.
+    """
+    from meetjax.export import export_adapter
+
+    proof = export_adapter(adapter, to, out, model, strength)
+    print(f"wrote {out}\n{proof}")
+
+
+def import_(
+    folder: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    model: str = "smollm2-135m-instruct",
+) -> None:
+    """Read a LoRA or a soft prompt that peft has saved.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors.
+        out: a new folder for the adapter.
+        model: the base it was trained on: hub id, folder, .gguf file or smollm2-135m-instruct.
+    """
+    from meetjax.export import import_adapter
+
+    proof = import_adapter(folder, out, model)
+    print(f"wrote {out}\n{proof}")
+
+
 def demo(out: Path = Path("runs/demo")) -> None:
     """Train one adapter of each kind to be concise, slide the dial, write report.html and summary.json.
 
@@ -158,7 +199,7 @@ def _told_where(file: Path, call: Callable[[], Any]) -> Any:
         raise MeetjaxError(f"{file}{f':{line}' if line else ''}: cannot be run", found=f"{type(error).__name__}: {error}") from error
 
 
-COMMANDS = {function.__name__: function for function in (align, grid, generate, demo, selftest)}
+COMMANDS = {function.__name__.rstrip("_"): function for function in (align, grid, generate, export, import_, demo, selftest)}
 
 
 def main() -> None:

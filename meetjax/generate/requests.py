@@ -74,7 +74,7 @@ def generate_texts(
         if not 0 <= request.seed < 2**31:
             raise MeetjaxError("sampling: seed", expected="0 to 2^31 - 1", found=request.seed)
     params = unstack(model.params) if "blocks" in model.params else model.params
-    encoded = [_encode(model, request, template, max_new_tokens) for request in requests]
+    encoded = [encode(model, request, template, max_new_tokens) for request in requests]
     order = sorted(range(len(requests)), key=lambda i: (-len(encoded[i]), i))
     results: list[Completion | None] = [None] * len(requests)
     for begin in range(0, len(order), batch_size):
@@ -92,7 +92,8 @@ def generate_texts(
     return [result for result in results if result is not None]
 
 
-def _encode(model: Any, request: Request, template: Literal["auto", "chat", "none"], max_new_tokens: int) -> list[int]:
+def encode(model: Any, request: Request, template: Literal["auto", "chat", "none"], max_new_tokens: int) -> list[int]:
+    """The tokens that a request's answer continues. Raises MeetjaxError for none, or for more than leave room for the answer."""
     prompt = request.prompt
     if request.system is not None:
         turns = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
