@@ -107,6 +107,67 @@ def generate(
     print(generate_texts(loaded, [request], adapters=bank, max_new_tokens=max_new_tokens)[0].text)
 
 
+def chat(
+    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=DIR")] = (),
+    model: str = "smollm2-135m-instruct",
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Talk to a model, with a dial for every adapter: /set NAME STRENGTH.
+
+    Args:
+        adapter: name and folder of a trained adapter; may be repeated.
+        model: hub id, folder, .gguf file or smollm2-135m-instruct.
+        max_new_tokens: limit of an answer in tokens.
+        temperature: 0 is greedy.
+        top_k: sample among the k most likely tokens (0: all).
+        top_p: sample among the smallest set of tokens with this mass.
+        seed: of the sampling.
+    """
+    from rich.console import Console
+
+    from meetjax.chat import Chat, named_folders, talk
+    from meetjax.generate.sampling import Sampling
+    from meetjax.models.load import load
+
+    folders, sampling = named_folders(adapter), Sampling(temperature, top_k, top_p)
+    talk(Chat(load(model), folders, sampling=sampling, seed=seed, max_new_tokens=max_new_tokens), Console())
+
+
+def sweep(
+    adapter: Path,
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction],
+    strengths: str = "-1:2:0.25",
+    out: Path = Path("runs/sweep"),
+    model: str = "smollm2-135m-instruct",
+    max_new_tokens: int = 128,
+) -> None:
+    """Answer prompts at every strength of an adapter, in one batch; draw length and distance from the base against strength.
+
+    Args:
+        adapter: folder of a trained adapter.
+        prompt: a user's message; may be repeated.
+        strengths: first:last:step, both ends included, or some of them: 0,0.5,1. Before a minus sign write --strengths=-1:2:0.25.
+        out: folder for sweep.csv and sweep.svg.
+        model: hub id, folder, .gguf file or smollm2-135m-instruct.
+        max_new_tokens: limit of an answer in tokens.
+    """
+    from rich.console import Console
+
+    from meetjax.adapters.io import load_adapters
+    from meetjax.models.load import load
+    from meetjax.sweep import parse_strengths, show, sweep_prompts, write
+
+    wanted = parse_strengths(strengths)
+    loaded = load(model)
+    points = sweep_prompts(loaded, load_adapters(adapter, loaded.fingerprint), prompt, wanted, max_new_tokens)
+    show(points, Console())
+    print(f"wrote {write(points, out)}")
+
+
 def export(
     adapter: Annotated[Path, tyro.conf.Positional],
     to: Literal["peft", "merged", "gguf-vector", "prompt-embeds"],
@@ -199,7 +260,7 @@ def _told_where(file: Path, call: Callable[[], Any]) -> Any:
         raise MeetjaxError(f"{file}{f':{line}' if line else ''}: cannot be run", found=f"{type(error).__name__}: {error}") from error
 
 
-COMMANDS = {function.__name__.rstrip("_"): function for function in (align, grid, generate, export, import_, demo, selftest)}
+COMMANDS = {function.__name__.rstrip("_"): function for function in (align, grid, generate, chat, sweep, export, import_, demo, selftest)}
 
 
 def main() -> None:

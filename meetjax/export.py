@@ -143,7 +143,11 @@ def _note(form: str, model: Model, gates: tuple[float, ...], soft: bool, led: bo
         "gguf-vector": f"`llama-cli -m base.gguf --control-vector {VECTOR}`",
         "prompt-embeds": f"`prompt_embeds` in `{EMBEDS}`, float32 [vectors, width], goes in front of the embedded text",
     }[form]
-    lines = [f"Made by meetjax at strength {', '.join(f'{gate:g}' for gate in gates)}.", f"Base: {model.name}, {model.fingerprint}.", how + "."]
+    lines = [
+        f"Made by meetjax at strength {', '.join(f'{gate:g}' for gate in gates)}.",
+        f"Base: {model.name}, {model.fingerprint}.",
+        how + ".",
+    ]
     if led:
         lines.append(f"The first vector is the embedding of BOS (token {model.config.bos_token_id}): give the text without its BOS.")
     elif soft and model.config.bos_token_id is not None:

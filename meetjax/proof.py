@@ -60,8 +60,9 @@ class Proof:
 def prove(form: str, folder: Path, model: Model, bank: Bank, gates: tuple[float, ...], scratch: Path, *, led: bool = False) -> Proof | str:
     """The proof for files of a form in `folder`, or one line that says which package is missing for it.
 
-    bank, gates: the adapter as it is here. scratch: a folder for the base, in a form that the library reads. led: the files hold the embedding of BOS, so their reader gets texts without it. Raises
-    MeetjaxError when the difference is over the tolerance, and for files that the library does not read.
+    bank, gates: the adapter as it is here. scratch: a folder for the base, in the form that the library reads. led: the files hold
+    the embedding of BOS, so their reader gets texts without it. Raises MeetjaxError when the difference is over the tolerance, and
+    for files that the library does not read.
     """
     needs = {"peft": ("torch", "peft"), "gguf-vector": ()}.get(form, ("torch",))
     if missing := [name for name in needs if importlib.util.find_spec(name) is None]:

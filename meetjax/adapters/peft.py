@@ -175,11 +175,18 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     if settings.get("bias", "none") != "none":
         raise MeetjaxError(f"{path}: bias", expected="none", found=settings["bias"], fix="trained biases of the base are no LoRA")
     if settings.get("init_lora_weights") not in HARMLESS_STARTS:
-        start, fix = settings["init_lora_weights"], "it belongs to a changed base; save it in peft with path_initial_model_for_weight_conversion"
+        start, fix = (
+            settings["init_lora_weights"],
+            "it belongs to a changed base; save it in peft with path_initial_model_for_weight_conversion",
+        )
         raise MeetjaxError(f"{path}: init_lora_weights", expected="a start that leaves the base alone", found=start, fix=fix)
     for field in sorted(settings.keys() - READ - SILENT):
         if settings[field]:
-            fix = "merge it into its base with peft and load that" if field in ("use_dora", "modules_to_save") else "only plain adapters are read"
+            fix = (
+                "merge it into its base with peft and load that"
+                if field in ("use_dora", "modules_to_save")
+                else "only plain adapters are read"
+            )
             raise MeetjaxError(f"{path}: {field}", expected="not set", found=settings[field], fix=fix)
     return settings
 
@@ -190,7 +197,9 @@ def _scaling(settings: Mapping[str, Any]) -> Callable[[str, int], float]:
 
     def scale(module: str, rank: int) -> float:
         # The first pattern that the module's path ends with, as PEFT reads it.
-        alpha = next((own for pattern, own in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module)), settings.get("lora_alpha", 8))
+        alpha = next(
+            (own for pattern, own in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module)), settings.get("lora_alpha", 8)
+        )
         return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
     return scale
@@ -203,7 +212,9 @@ def _checked(lora: Lora, config: ModelConfig, folder: Path) -> Lora:
         if (site := getattr(lora, name)) is not None:
             found, expected = (site.a.shape[2], site.b.shape[3]), sites.shape(config, sites.BLOCK[name])
             if found != expected:
-                raise MeetjaxError(f"{folder / WEIGHTS}: LoRA at {name}", expected=f"{expected}, as the base", found=found, fix="name its base")
+                raise MeetjaxError(
+                    f"{folder / WEIGHTS}: LoRA at {name}", expected=f"{expected}, as the base", found=found, fix="name its base"
+                )
             if not np.isfinite([np.abs(site.a).max(), np.abs(site.b).max()]).all():
                 raise MeetjaxError(f"{folder / WEIGHTS}: LoRA at {name}", expected="finite numbers", found="NaN or infinity")
     return lora
