@@ -15,8 +15,9 @@ from meetjax.adapters.prompt import PromptSpec
 from meetjax.data.records import Message
 from meetjax.data.template import render_prompt
 from meetjax.errors import MeetjaxError
-from meetjax.generate.requests import Request, generate_texts
+from meetjax.generate.requests import Request, generate_texts, stream_text
 from meetjax.generate.sampling import Sampling
+from meetjax.models.decoder import unstack
 from tests.conftest import build_tokenizer, random_bank
 
 NEW = 8
@@ -134,3 +135,16 @@ def test_messages_without_a_chat_template_raise(model):
     for request in (Request((Message("user", "hello"),)), Request("hello", system="be brief")):
         assert "expected a chat template; found a tokenizer without one" in error_of(plain, [request])
     assert "template 'chat'; expected a tokenizer with a chat template" in error_of(plain, [Request("hello")], template="chat")
+
+
+def test_streamed_pieces_are_the_answer(model, bank, answers):
+    """Piece by piece as it becomes certain: together the same text, and no piece ends inside a character."""
+    pieces = [list(stream_text(model, unstack(model.params), request, adapters=bank, max_new_tokens=NEW)) for request in DIALLED]
+    assert ["".join(own) for own in pieces] == [answer.text for answer in answers]
+    assert max(len(own) for own in pieces) > 2
+    assert not any(piece.endswith("\N{REPLACEMENT CHARACTER}") for own in pieces for piece in own[:-1])
+
+
+def test_a_stream_raises_before_its_first_piece(model):
+    with pytest.raises(MeetjaxError, match="prompt: too long"):
+        next(stream_text(model, unstack(model.params), Request("hello"), max_new_tokens=256))
