@@ -14,7 +14,7 @@ from meetjax.data.records import Message
 from meetjax.data.template import render_prompt
 from meetjax.data.tokenize import added_bos
 from meetjax.errors import MeetjaxError
-from meetjax.generate.decode import Asked, first_token, generate_tokens, next_token
+from meetjax.generate import decode
 from meetjax.generate.sampling import RowSampling, Sampling
 from meetjax.models.decoder import unstack
 
@@ -127,8 +127,8 @@ def stream_text(
     ids = encode(model, request, template, max_new_tokens)
     width = max(2 * BUCKET, 1 << (len(ids) - 1).bit_length())
     tokens, pad, rows, gates, dial = _as_batch([request], [ids], adapters, width)
-    asked = Asked(rows, adapters, gates, dial, jnp.full(1, max_new_tokens, jnp.int32))
-    going = first_token(model.config, params, tokens, pad, asked, max_new_tokens)
+    asked = decode.Asked(rows, adapters, gates, dial, jnp.full(1, max_new_tokens, jnp.int32))
+    going = decode.first_token(model.config, params, tokens, pad, asked, max_new_tokens)
     new: list[int] = []
     told = ""
     while True:
@@ -141,7 +141,7 @@ def stream_text(
             told = text
         if last:
             return
-        going = next_token(model.config, params, going, asked)
+        going = decode.next_token(model.config, params, going, asked)
 
 
 def _run(
@@ -149,7 +149,7 @@ def _run(
 ) -> tuple[np.ndarray, np.ndarray]:
     width = -(-max(len(ids) for ids in encoded) // BUCKET) * BUCKET
     tokens, pad, rows, gates, dial = _as_batch(requests, encoded, adapters, width)
-    out, counts = generate_tokens(model.config, params, tokens, pad, rows, adapters, gates, dial, max_new_tokens=max_new_tokens)
+    out, counts = decode.generate_tokens(model.config, params, tokens, pad, rows, adapters, gates, dial, max_new_tokens=max_new_tokens)
     return np.asarray(out), np.asarray(counts)
 
 

@@ -83,10 +83,10 @@ def test_bos_is_added_once(model):
     """Where the tokenizer adds BOS to every text, the prompt has it, and has it once when the template writes it too."""
     for chat in (None, model.tokenizer.chat_template, "<s>" + model.tokenizer.chat_template):
         tokenizer = build_tokenizer(adds_bos=True, chat=chat)
-        ids = requests_module._encode(dataclasses.replace(model, tokenizer=tokenizer), Request("hello"), "auto", NEW)
+        ids = requests_module.encode(dataclasses.replace(model, tokenizer=tokenizer), Request("hello"), "auto", NEW)
         assert ids[0] == tokenizer.bos_token_id
         assert ids.count(tokenizer.bos_token_id) == 1
-    assert model.tokenizer.bos_token_id not in requests_module._encode(model, Request("hello"), "auto", NEW)
+    assert model.tokenizer.bos_token_id not in requests_module.encode(model, Request("hello"), "auto", NEW)
 
 
 def test_progress_counts_every_request_once(model, bank):
