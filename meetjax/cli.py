@@ -150,7 +150,7 @@ def sweep(
     Args:
         adapter: folder of a trained adapter.
         prompt: a user's message; may be repeated.
-        strengths: first:last:step, both ends included, or some of them: 0,0.5,1. Before a minus sign write --strengths=-1:2:0.25.
+        strengths: first:last:step, both ends included, or some of them: 0,0.5,1.
         out: folder for sweep.csv and sweep.svg.
         model: hub id, folder, .gguf file or smollm2-135m-instruct.
         max_new_tokens: limit of an answer in tokens.

@@ -58,7 +58,7 @@ def parse_strengths(text: str) -> tuple[float, ...]:
         return tuple(round(first + i * step, 9) for i in range(count))
     except (ValueError, ZeroDivisionError):
         expected = f"first:last:step with at most {MOST} strengths, or numbers with commas between"
-        raise MeetjaxError("--strengths", expected=expected, found=text, fix="for example --strengths=-1:2:0.25") from None
+        raise MeetjaxError("--strengths", expected=expected, found=text, fix="for example --strengths -1:2:0.25") from None
 
 
 def sweep_prompts(model: Model, bank: Bank, prompts: Sequence[str], strengths: Sequence[float], max_new_tokens: int) -> list[Point]:

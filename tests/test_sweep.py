@@ -99,7 +99,7 @@ def test_sweep_as_a_user_runs_it(command, model, model_folder, tmp_path):
     bank = take(random_bank(model.config, ("edit",)), 0)
     folder = save_adapters(tmp_path / "adapter", bank, base="tiny", fingerprint=model.fingerprint)
     arguments = ("sweep", "--model", model_folder, "--adapter", folder, "--prompt", "3 cat?", "--max-new-tokens", 2)
-    done = command(*arguments, "--strengths=-1:1:1", "--out", tmp_path / "out")
+    done = command(*arguments, "--strengths", "-1:1:1", "--out", tmp_path / "out")
     assert (done.status, done.err) == (0, "")
     assert f"wrote {tmp_path / 'out'}" in done.out
     assert len((tmp_path / "out" / "sweep.csv").read_text().splitlines()) > 3

@@ -139,8 +139,9 @@ def test_messages_without_a_chat_template_raise(model):
 
 def test_streamed_pieces_are_the_answer(model, bank, answers):
     """Piece by piece as it becomes certain: together the same text, and no piece ends inside a character."""
-    pieces = [list(stream_text(model, unstack(model.params), request, adapters=bank, max_new_tokens=NEW)) for request in DIALLED]
-    assert ["".join(own) for own in pieces] == [answer.text for answer in answers]
+    chosen, params = (0, 1, 5), unstack(model.params)
+    pieces = [list(stream_text(model, params, DIALLED[i], adapters=bank, max_new_tokens=NEW)) for i in chosen]
+    assert ["".join(own) for own in pieces] == [answers[i].text for i in chosen]
     assert max(len(own) for own in pieces) > 2
     assert not any(piece.endswith("\N{REPLACEMENT CHARACTER}") for own in pieces for piece in own[:-1])
 
