@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from safetensors.numpy import save_file
 
 from meetjax.adapters.algebra import fold, merge_model
@@ -22,9 +23,10 @@ from meetjax.adapters.tree import Bank, Prompt, check_gates, columns, kinds
 from meetjax.errors import MeetjaxError
 from meetjax.generate.requests import Request, encode
 from meetjax.models.load import Model, load
-from meetjax.models.save import check_writable, save_model
+from meetjax.models.save import save_model
 from meetjax.models.sources import SMOLLM2, SMOLLM2_HUB
 from meetjax.proof import EMBEDS, Proof, prove
+from meetjax.types import Array
 
 FORMS = {"peft": ("lora", "prompt"), "merged": ("lora", "edit"), "gguf-vector": ("edit",), "prompt-embeds": ("prompt",)}
 """Form -> the kinds that it can hold."""
@@ -50,23 +52,19 @@ def export_adapter(adapter: Path, form: str, out: Path, source: str = SMOLLM2, s
             raise MeetjaxError(f"{adapter}: kinds for --to {form}", expected=expected, found=", ".join(kinds(bank)), fix=fix)
         led = False
         if form == "merged":
-            merged = merge_model(model, bank, gates)
-            check_writable(merged.config, made)
-            save_model(merged, made)
+            save_model(merge_model(model, bank, gates), made)
         else:
             folded = fold(bank, gates)
             if bank.prompt is not None:
-                if folded.prompt is None:
-                    raise MeetjaxError("export: a soft prompt at strength 0", expected="one at strength 1", fix="the base alone is that")
                 led = begins_with_bos(model)
-                folded = Bank(prompt=_with_bos(folded.prompt, model) if led else folded.prompt)
+                folded = Bank(prompt=_in_front(folded.prompt, model if led else None))
             if form == "peft":
                 write_peft(made, folded, model.config, SMOLLM2_HUB if source == SMOLLM2 else str(source))
             elif form == "gguf-vector":
                 write_control_vector(made, folded, model.config)
-            else:
+            elif folded.prompt is not None:
                 made.mkdir()
-                save_file({"prompt_embeds": np.ascontiguousarray(folded.prompt.vectors[0])}, made / EMBEDS, metadata={"format": "pt"})
+                save_file({"prompt_embeds": np.array(folded.prompt.vectors[0])}, made / EMBEDS, metadata={"format": "pt"})
             (made / "README.md").write_text(_note(form, model, gates, bank.prompt is not None, led))
         return prove(form, made, model, bank, gates, made.parent, led=led)
 
@@ -81,8 +79,8 @@ def import_adapter(folder: Path, out: Path, source: str = SMOLLM2) -> Proof | st
         model = load(source)
         bank = read_peft(folder, model.config)
         led = bank.prompt is not None and begins_with_bos(model)
-        if led:
-            bank = Bank(prompt=_without_bos(bank.prompt, model, folder))
+        if bank.prompt is not None and led:
+            bank = Bank(prompt=_behind_bos(bank.prompt, model, folder))
         save_adapters(made, bank, base=model.name, fingerprint=model.fingerprint, recipe={"imported from": folder.resolve().name})
         return prove("peft", folder, model, bank, (1.0,), made.parent, led=led)
 
@@ -107,13 +105,21 @@ def _other_forms(kind: str) -> str:
     return f"no form holds {kind}, keep it as an adapter" if not forms else f"{kind} goes --to {' or '.join(forms)}"
 
 
-def _with_bos(prompt: Prompt, model: Model) -> Prompt:
-    bos = model.params["embed"][model.config.bos_token_id].astype(jnp.float32)
-    return dataclasses.replace(prompt, vectors=jnp.concatenate([bos[None, None], prompt.vectors], axis=1))
+def _in_front(prompt: Prompt | None, led_by: Model | None) -> Prompt:
+    """The vectors that stand in front of everything, the embedding of BOS first where a model's texts begin with it."""
+    if prompt is None:
+        raise MeetjaxError("export: a soft prompt at strength 0", expected="one at strength 1", fix="the base alone is that")
+    if led_by is None:
+        return prompt
+    return dataclasses.replace(prompt, vectors=jnp.concatenate([_bos(led_by)[None, None], prompt.vectors], axis=1))
 
 
-def _without_bos(prompt: Prompt, model: Model, folder: Path) -> Prompt:
-    bos = np.asarray(model.params["embed"][model.config.bos_token_id].astype(jnp.float32))
+def _bos(model: Model) -> Float[Array, " D"]:
+    return model.params["embed"][model.config.bos_token_id].astype(jnp.float32)
+
+
+def _behind_bos(prompt: Prompt, model: Model, folder: Path) -> Prompt:
+    bos = np.asarray(_bos(model))
     if prompt.vectors.shape[1] < 2 or not np.array_equal(np.asarray(prompt.vectors[0, 0]), bos):
         what = f"{folder}: a soft prompt in front of BOS; here it stands behind it, which is another function"
         raise MeetjaxError(what, expected="the embedding of BOS as its first vector", found="another vector", fix="keep it in peft")

@@ -87,10 +87,11 @@ def fold(bank: Bank, gates: Sequence[float]) -> Bank:
     """A bank of one adapter a kind that acts at gate 1 as this one does at `gates`, one a column.
 
     LoRAs are concatenated along the rank with their gates in b, edits add, and of soft prompts the one that is on is left, without
-    its empty slots. Raises MeetjaxError for a soft prompt between off and on, for two that are on, and for identity blocks.
+    its empty slots. Raises MeetjaxError for a soft prompt between off and on, for two that are on, and for identity and reward.
     """
-    if bank.identity is not None:
-        raise MeetjaxError("fold: identity blocks have a place in the base alone", fix="keep them as an adapter")
+    for kind in ("identity", "reward"):
+        if getattr(bank, kind) is not None:
+            raise MeetjaxError(f"fold: {kind}", expected="lora, edit or prompt", fix=f"keep {kind} as an adapter")
     lora, edit, prompt = bank.lora, bank.edit, None
     if lora is not None:
         strength = jnp.asarray([gates[entry] for entry in lora.entries], jnp.float32)[None, :, None, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -81,7 +82,8 @@ def test_two_columns_merge_at_their_own_strengths(tiny, tmp_path):
 def made_by_peft(folder, settings, out):
     """(peft's folder of an adapter with no zero leaf, its logits of TEXT's tokens)."""
     torch.manual_seed(0)
-    net = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager"), settings).eval()
+    net = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    net = peft.get_peft_model(net, copy.deepcopy(settings)).eval()
     with torch.no_grad():
         for name, leaf in net.named_parameters():
             if "lora_" in name or "prompt" in name:
