@@ -27,10 +27,10 @@ from meetjax.types import Array, Params
 
 Quantize = Literal["none", "int8", "int4"]
 TILE = 32
-"""Inputs of a column that share a scale; where it does not divide the axis, their greatest common divisor do."""
+"""Inputs of a column that share a scale and a zero; where it does not divide the axis, its greatest common divisor with it."""
 RANGES = {"int8": (-128, 127), "int4": (-8, 7)}
 STRETCHES, TRIES = {"int8": (0.995, 1.155), "int4": (0.8, 1.2)}, 33
-"""Of the step that just covers a tile, tried in equal steps: a slightly other one can fall on more of its numbers."""
+"""Multiples of the step that just covers a tile which are tried: integers of a slightly other one can lie nearer to its numbers."""
 
 
 def is_quantized(leaf: Any) -> bool:
