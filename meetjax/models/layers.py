@@ -34,16 +34,35 @@ class Gates(NamedTuple):
     edit: Float[Array, "B E"] | None
 
 
-def pin(h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Keeps the residual stream split over the batch and whole elsewhere.
+def pin(config: ModelConfig, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Keeps the residual stream split as `config.residual` says: rows over the batch axes and, unless `batch`, tokens over `model`.
 
-    Left alone, the partitioner splits the width to match sharded weights and replicates the batch: 7B steps stop fitting.
+    Left alone (`free`), the partitioner splits the width to match sharded weights and replicates the batch: 7B steps stop fitting. With
+    tokens split too, what a step keeps of each layer is split over all devices; fewer tokens than devices stay whole.
     """
+    if config.residual == "free":
+        return h
+    ways = jax.sharding.get_abstract_mesh().shape.get("model", 1)
+    return split_rows(h, "model" if config.residual == "sequence" and h.shape[1] >= ways else None)
+
+
+def split_rows(h: Float[Array, "B ..."], *others: str | None) -> Float[Array, "B ..."]:
+    """Splits rows over the batch axes of the mesh, if there is one and they divide, the next axes over `others`, and no more."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
     if not axes or h.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
         return h
-    return jax.lax.with_sharding_constraint(h, PartitionSpec(axes, *[None] * (h.ndim - 1)))
+    others = tuple(axis if axis in mesh.axis_names else None for axis in others)
+    return jax.lax.with_sharding_constraint(h, PartitionSpec(axes, *others, *[None] * (h.ndim - 1 - len(others))))
+
+
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of the table. On a mesh it is split over the width for that, so that every row is where it is looked up; a table split over
+    the vocabulary is gathered whole.
+    """
+    if "model" not in jax.sharding.get_abstract_mesh().axis_names:
+        return table[tokens]
+    return split_rows(jax.lax.with_sharding_constraint(table, PartitionSpec(None, "model"))[tokens], None, "model")
 
 
 def along_last(vector: Float[Array, " D"], x: Float[Array, "... D"]) -> Float[Array, "... D"]:
