@@ -20,7 +20,7 @@ from meetjax.adapters.identity import IdentitySpec
 from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.prompt import PromptSpec
 from meetjax.adapters.tree import Bank, columns
-from meetjax.chips import Chip, open_topology
+from meetjax.chips import open_topology
 from meetjax.collectives import count_traffic
 from meetjax.errors import MeetjaxError
 from meetjax.generate.decode import Asked, first_token, next_token
@@ -49,7 +49,7 @@ BASES = ("bfloat16", "float32")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a plan is free to choose. mesh: (data, fsdp, model); base: dtype of the frozen weights; the rest as in `ModelConfig` and `Train`."""
+    """What a plan is free to choose. mesh: (data, fsdp, model); base: dtype of frozen weights; the rest as in `ModelConfig`, `Train`."""
 
     mesh: tuple[int, int, int]
     remat: str
@@ -107,7 +107,9 @@ class Answer:
 
 
 def ask(question: Question, setting: Setting) -> Answer:
-    """Compiles one setting. Raises MeetjaxError for a topology, mesh, batch or dtype that cannot be; a step that does not fit is an answer."""
+    """Compiles one setting; a step that does not fit is an answer, too. Raises MeetjaxError for a topology, mesh, batch or dtype that
+    cannot be.
+    """
     devices, chip = open_topology(question.topology, question.slices)
     mesh = make_mesh(setting.mesh, devices)
     if mesh.size < len(devices):
@@ -148,8 +150,8 @@ def ask(question: Question, setting: Setting) -> Answer:
 
 
 def first_setting(question: Question, **chosen: Any) -> Setting:
-    """The setting to start from, `chosen` fields as they are and the others by rule: the preset fsdp-tensor (multi-slice over several slices),
-    the residual stream kept alone, splash where it can be, as many micro-batches as the estimate of `_kept` asks for.
+    """The setting to start from, `chosen` fields as they are and the others by rule: the preset fsdp-tensor (multi-slice over several
+    slices), the residual stream kept alone, splash where it can be, as many micro-batches as the estimate of `_kept` asks for.
     """
     devices, chip = open_topology(question.topology, question.slices)
     if question.what == "decode":
@@ -229,7 +231,9 @@ def _placed(shapes: Any, shardings: Any) -> Any:
 
 
 def _base(config: ModelConfig, mesh: Mesh, dtype: str) -> Any:
-    shapes = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, dtype), sites.shapes(config), is_leaf=lambda node: isinstance(node, tuple))
+    shapes = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, dtype), sites.shapes(config), is_leaf=lambda node: isinstance(node, tuple)
+    )
     return _placed(shapes, base_shardings(config, mesh))
 
 
@@ -253,7 +257,7 @@ def _train(question: Question, setting: Setting, config: ModelConfig, mesh: Mesh
     tx = make_optimizer(stage.optim, 1000)
     state = jax.eval_shape(lambda trainable: init_state(trainable, tx), trainable)
     state = _placed(state, state_shardings(config, state, mesh))
-    where, pairs = batch_sharding(mesh, question.batch // setting.microbatches), stage.objective.form == "pair"
+    where, pairs = batch_sharding(mesh, question.batch, setting.microbatches), stage.objective.form == "pair"
     answers = 2 if pairs else 1
 
     def array(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -285,7 +289,13 @@ def _decode(question: Question, setting: Setting, config: ModelConfig, mesh: Mes
     apart = _apart(params)
     sampling = RowSampling(*(array((rows,), dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.int32)))
     gates = array((rows, columns(bank)), jnp.float32) if columns(bank) else None
-    asked = Asked(sampling, bank if gates is not None else None, gates, array((rows,), jnp.float32) if question.dial else None, array((rows,), jnp.int32))
+    asked = Asked(
+        sampling,
+        bank if gates is not None else None,
+        gates,
+        array((rows,), jnp.float32) if question.dial else None,
+        array((rows,), jnp.int32),
+    )
     new = min(256, question.length - 1)
     plain = dataclasses.replace(config, attention="xla", remat="none")
     prompts = jax.ShapeDtypeStruct((rows, question.length - new), jnp.int32)
@@ -338,7 +348,9 @@ def _flops(question: Question, config: ModelConfig) -> float:
         weights = config.layers * sum(math.prod(sites.shape(config, site)) for site in sites.block_sites(config).values() if site.linear)
         attention = 4 * length * config.layers * config.heads * config.head_width
         return rows * (2 * weights + attention) + 2 * question.rows * config.vocab * config.width
-    return step_flops(config, rows * length, rows * length * (length + 1) // 2, rows * question.length // 2, "base" in question.stage.trains)
+    return step_flops(
+        config, rows * length, rows * length * (length + 1) // 2, rows * question.length // 2, "base" in question.stage.trains
+    )
 
 
 def _least_bytes(question: Question, setting: Setting, groups: dict[str, int], memory: Any, mesh: Mesh) -> float:

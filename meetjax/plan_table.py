@@ -22,7 +22,8 @@ def say_setting(setting: Setting) -> str:
     """One line."""
     mesh = " x ".join(map(str, setting.mesh))
     parts = "" if setting.microbatches == 1 else f", {setting.microbatches} microbatches"
-    return f"mesh (data, fsdp, model) {mesh}, remat {setting.remat}, attention {setting.attention}, residual {setting.residual}, base {setting.base}{parts}"
+    how = f"remat {setting.remat}, attention {setting.attention}, residual {setting.residual}, base {setting.base}"
+    return f"mesh (data, fsdp, model) {mesh}, {how}{parts}"
 
 
 def verdict(answer: Answer) -> str:
@@ -34,7 +35,10 @@ def verdict(answer: Answer) -> str:
 
 def as_json(question: Question, answer: Answer, suggestion: tuple[str, Answer] | None) -> dict[str, Any]:
     """Everything as plain data."""
-    asked = {name: getattr(question, name) for name in ("model", "recipe", "what", "topology", "slices", "batch", "length", "shared_prompt", "dial")}
+    asked = {
+        name: getattr(question, name)
+        for name in ("model", "recipe", "what", "topology", "slices", "batch", "length", "shared_prompt", "dial")
+    }
     told = {"asked": asked | {"rows": question.rows}, "chip": dataclasses.asdict(chip_of(question)), "answer": dataclasses.asdict(answer)}
     return told | {"suggestion": None if suggestion is None else {"change": suggestion[0]} | dataclasses.asdict(suggestion[1])}
 
@@ -43,7 +47,10 @@ def as_table(question: Question, answer: Answer, suggestion: tuple[str, Answer] 
     """The same for a terminal."""
     chip, table = chip_of(question), Table(show_header=False, box=None, pad_edge=False)
     half = "answers in copies of the prompt" if question.rows != question.batch else "one row each"
-    table.add_row("asked", f"{question.model}, {question.recipe}, {question.what}: batch {question.batch} ({half}) x {question.length} on {question.topology}")
+    table.add_row(
+        "asked",
+        f"{question.model}, {question.recipe}, {question.what}: batch {question.batch} ({half}) x {question.length} on {question.topology}",
+    )
     table.add_row("setting", say_setting(answer.setting))
     table.add_row("verdict", verdict(answer))
     table.add_row("memory", ", ".join(f"{name} {getattr(answer, name) / GIB:.3f} GiB" for name in ("arguments", "temporaries", "output")))
@@ -51,9 +58,11 @@ def as_table(question: Question, answer: Answer, suggestion: tuple[str, Answer] 
     if answer.fits:
         table.add_row("products", f"{answer.flops:.3e} FLOP a step, counted by hand")
         table.add_row("sent", ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in answer.moved.items()) + " a device and step")
-        table.add_row("at least", ", ".join(f"{name} {seconds:.3f} s" for name, seconds in answer.seconds.items()) + f"; bound by {answer.bound}")
-        peak = f"{chip.peak_flops / 1e12:.0f} TFLOP/s, memory {chip.memory_bandwidth / 1e9:.0f} GB/s, links {chip.link_bandwidth / 1e9:.0f} GB/s a chip"
-        table.add_row("of", f"{peak}, as published")
+        table.add_row(
+            "at least", ", ".join(f"{name} {seconds:.3f} s" for name, seconds in answer.seconds.items()) + f"; bound by {answer.bound}"
+        )
+        speeds = f"memory {chip.memory_bandwidth / 1e9:.0f} GB/s, links {chip.link_bandwidth / 1e9:.0f} GB/s"
+        table.add_row("of", f"{chip.peak_flops / 1e12:.0f} TFLOP/s, {speeds} a chip, as published")
     if suggestion is not None:
         name, better = suggestion
         table.add_row("better", f"{name}: {verdict(better)}, at least {better.seconds[better.bound]:.3f} s, bound by {better.bound}")

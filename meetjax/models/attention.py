@@ -19,7 +19,7 @@ from meetjax.errors import MeetjaxError
 from meetjax.models.bits import keep
 from meetjax.models.config import ModelConfig
 from meetjax.models.layers import rope_angles, rotate
-from meetjax.models.splash import split, splash_attention
+from meetjax.models.splash import splash_attention, split
 from meetjax.types import Array
 
 MASKED = -1e30
@@ -154,7 +154,7 @@ def _features(rows: Rows, prompt: Any, columns: tuple | None, dtype: str) -> tup
             own = rows.segments == segment
             pairs.append((joined(MASKED, jnp.where(own, 0.0, MASKED)), joined(0.0, own)))
     if columns is not None:
-        bias, places, _ = columns
+        bias = columns[0]
         entries = prompt.vectors.shape[0]
         owner = jnp.repeat(jnp.arange(entries), prompt.vectors.shape[1])[None]
         sees = rows.index >= rows.bos[:, None]
@@ -183,12 +183,20 @@ def choose_attention(config: ModelConfig, asked: str, platform: str, length: int
     window = config.sliding_window is not None and config.sliding_window < length
     limits = {
         "splash": "a TPU" if platform != "tpu" else f"no sliding window shorter than rows of {length}" if window else "",
-        "cudnn": "an NVIDIA GPU" if platform not in ("gpu", "cuda") else "bfloat16" if config.dtype != "bfloat16" else "no sliding window" if window else "",
+        "cudnn": "an NVIDIA GPU"
+        if platform not in ("gpu", "cuda")
+        else "bfloat16"
+        if config.dtype != "bfloat16"
+        else "no sliding window"
+        if window
+        else "",
         "xla": "",
     }
     if asked != "auto":
         if limits[asked]:
-            raise MeetjaxError("recipe: attention", expected=f"{limits[asked]} for {asked}", found=f"{platform}, {config.dtype}", fix="use auto")
+            raise MeetjaxError(
+                "recipe: attention", expected=f"{limits[asked]} for {asked}", found=f"{platform}, {config.dtype}", fix="use auto"
+            )
         return asked, f"attention {asked}: as asked"
     if platform != "tpu":
         return "xla", f"attention xla: runs on every platform, {platform} too"
@@ -239,7 +247,12 @@ def _able(config: ModelConfig, rows: Rows, lead: int) -> str:
         return "xla"
     length = rows.index.shape[1] + lead
     if config.sliding_window is not None and config.sliding_window < length:
-        raise MeetjaxError(f"attention: {config.attention}", expected=f"no sliding window shorter than {length} tokens", found=config.sliding_window, fix="use xla")
+        raise MeetjaxError(
+            f"attention: {config.attention}",
+            expected=f"no sliding window shorter than {length} tokens",
+            found=config.sliding_window,
+            fix="use xla",
+        )
     if config.attention == "cudnn" and (lead or rows.segments is not None):
         found = "a soft prompt" if lead else "a shared prompt (data.shared_prompt)"
         raise MeetjaxError("attention: cudnn", expected="plain causal rows", found=found, fix="use xla")

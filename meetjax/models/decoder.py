@@ -55,7 +55,9 @@ class Block(nn.Module):
         def run(params: dict, bits: Array, h: Array, layer: dict[str, Any], shared: tuple) -> tuple[Array, Any]:
             layout, gates = shared
             attend = make_attend(layout, layer["windowed"], layer["cache"])
-            h, cache = layers.block(self.config, params, layers.pin(self.config, held(bits, h)), layer["lora"], layer["edit"], gates, attend)
+            h, cache = layers.block(
+                self.config, params, layers.pin(self.config, held(bits, h)), layer["lora"], layer["edit"], gates, attend
+            )
             return layers.pin(self.config, h), cache
 
         if self.remat != "none":

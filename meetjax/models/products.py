@@ -23,8 +23,8 @@ def dot(x: Float[Array, "... in"], w: Float[Array, "in out"]) -> Float[Array, ".
 
 
 def _contract(x: Array, w: Array, axis: int) -> Array:
-    """On CPU a bf16 product with a bf16 result is slower than float32, so it is float32 and then cast. Elsewhere units accumulate in float32
-    anyway, and a float32 result would be what devices with parts of the sum exchange: twice the bytes.
+    """On CPU a bf16 product with a bf16 result is slower than float32, so it is float32 and then cast. Elsewhere units accumulate in
+    float32 anyway, and a float32 result would be what devices with parts of the sum exchange: twice the bytes.
     """
 
     def product(kind: Any) -> Array:

@@ -22,7 +22,7 @@ RULES = {
     "entries": None, "rank": None, "prompt": None,
 }  # fmt: skip
 """Logical axis of a leaf -> mesh axis. An adapter's leaf follows the site it acts on; what all devices need whole (ranks, gate columns,
-soft prompts' places) is never split. `data` splits nothing but the batch, so that slices, between which links are slow, exchange gradients only.
+soft prompts' places) is never split. `data` splits the batch alone, so that slices, between which links are slow, exchange gradients only.
 """
 Preset = Literal["single", "fsdp", "fsdp-tensor", "multi-slice"]
 MOST_TENSOR = 16
@@ -54,7 +54,8 @@ def preset(name: str, devices: int, slices: int = 1) -> tuple[int, int, int]:
 def make_mesh(shape: tuple[int, int, int] | str, devices: list[Any] | None = None) -> Mesh:
     """A mesh (data, fsdp, model), given or by the name of a preset, with Auto axes over the first devices.
 
-    TPU devices are placed by their links: a slice each to `data`, neighbours to the axes behind. Raises MeetjaxError when there are too few.
+    TPU devices are placed by their links: slices apart along `data`, neighbours on the axes behind. Raises MeetjaxError when there are
+    too few.
     """
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -124,7 +125,11 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 
 _AXES: dict[str, Callable[..., tuple[str, ...]]] = {
     "prompt": lambda *_: ("entries", "prompt", "embed"),
-    "lora": lambda site, side: ("layers", "entries", *((sites.BLOCK[site].axes[0], "rank") if side == "a" else ("rank", sites.BLOCK[site].axes[1]))),
+    "lora": lambda site, side: (
+        "layers",
+        "entries",
+        *((sites.BLOCK[site].axes[0], "rank") if side == "a" else ("rank", sites.BLOCK[site].axes[1])),
+    ),
     "edit": lambda site, _: ("layers", "entries", sites.BLOCK[site].axes[-1]),
     "identity": lambda _, site: ("layers", "entries", *sites.BLOCK[site].axes),
     "reward": lambda *_: ("entries", "embed"),
@@ -173,11 +178,13 @@ def replicated(mesh: Any) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, prompts: int) -> NamedSharding:
-    """Rows split over the batch axes. Raises MeetjaxError when they do not divide."""
+def batch_sharding(mesh: Mesh, prompts: int, microbatches: int = 1) -> NamedSharding:
+    """Rows split over the batch axes. Raises MeetjaxError unless they, and each micro-batch of them, divide."""
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if prompts % ways:
-        raise MeetjaxError("recipe: train.batch_size", expected=f"a multiple of data x fsdp = {ways}", found=prompts)
+    if prompts % (ways * microbatches):
+        parts = "" if microbatches == 1 else f" x {microbatches} microbatches"
+        expected = f"a multiple of data x fsdp{parts} = {ways * microbatches}"
+        raise MeetjaxError("recipe: train.batch_size", expected=expected, found=prompts)
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 

@@ -15,6 +15,7 @@ from meetjax.errors import MeetjaxError
 from meetjax.objectives.bounds import bounds_of
 from meetjax.objectives.preference import Dpo
 from meetjax.objectives.table import OBJECTIVES
+from meetjax.train.sharding import Preset
 from meetjax.types import Array
 
 
@@ -118,14 +119,17 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """steps and batch_size (prompts a step, all devices together) hold for each stage; mesh is (data, fsdp, model)."""
+    """steps and batch_size (prompts a step, all devices together) hold for each stage.
+
+    mesh: (data, fsdp, model), or the name of a preset for all devices (`sharding.preset`).
+    """
 
     steps: int = 200
     batch_size: int = 8
     microbatches: int = 1
     save_every: int = 50
     seed: int = 0
-    mesh: tuple[int, int, int] = (1, 1, 1)
+    mesh: tuple[int, int, int] | Preset = (1, 1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +142,11 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything a run needs; stored resolved beside every checkpoint and adapter."""
+    """Everything a run needs; stored resolved beside every checkpoint and adapter.
+
+    dtype: of weights and activations; remat: as in `memory.choose_remat`; attention: as in `attention.choose_attention`; residual:
+    whether a mesh with `model` > 1 splits the residual stream by tokens, too, or by rows alone.
+    """
 
     name: str
     model: str = "smollm2-135m-instruct"
@@ -148,6 +156,8 @@ class Recipe:
     out: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["auto", "none", "dots", "full"] = "auto"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    residual: Literal["sequence", "batch"] = "sequence"
     evaluation: Evaluation = Evaluation()
 
 
