@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 DATA ?= Anthropic/hh-rlhf:harmless-base
 
-.PHONY: demo test check parity bench results setup setup-parity
+.PHONY: demo test check parity bench results plan-check setup setup-parity setup-plan
 
 demo: setup
 	$(BIN)/meetjax demo
@@ -26,9 +26,14 @@ bench: setup-parity
 results: setup
 	$(BIN)/python experiments/results.py
 
+plan-check: setup-plan
+	$(BIN)/python experiments/plan_check.py
+
 setup: .venv/installed
 
 setup-parity: .venv/installed-parity
+
+setup-plan: .venv/installed-plan
 
 .venv/installed: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
@@ -38,4 +43,8 @@ setup-parity: .venv/installed-parity
 
 .venv/installed-parity: .venv/installed requirements-parity.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-parity.txt
+	touch $@
+
+.venv/installed-plan: .venv/installed requirements-plan.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -r requirements-plan.txt
 	touch $@
