@@ -64,8 +64,8 @@ def rows(only: str) -> list[dict[str, Any]]:
         found = _seven("lora-dpo", residual="free")[1]
         ok = not found.fits or found.temporaries > ROOM * GIB
         add(name, f"does not fit, or temporaries > {ROOM} GiB", temporaries(found), ok, found)
-    if only in (name := "llama-2-70b lora-dpo, 64 pairs x 2048 on v5p:4x4x4"):
-        found = _ask("llama-2-70b", "lora-dpo", "v5p:4x4x4", 64)[1]
+    if only in (name := "llama-2-70b lora-dpo, 128 pairs x 2048 on v5p:4x4x4"):
+        found = _ask("llama-2-70b", "lora-dpo", "v5p:4x4x4", 128)[1]
         add(name, "fits", verdict(found), found.fits, found)
     if only in (name := "llama-3-8b decode with lora and the logit dial, 32 x 2048 on v5e:2x2"):
         found = _ask("llama-3-8b", "lora-dpo", "v5e:2x2", 32, "decode")[1]

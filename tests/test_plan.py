@@ -54,9 +54,9 @@ def test_traffic_of_a_loop_is_counted_for_every_turn():
 
     def run(x):
         summed, _ = jax.lax.scan(lambda carry, _: (jax.lax.psum(carry, "fsdp") / 8, None), x, None, length=5)
-        return jax.lax.all_gather(summed, "fsdp")
+        return summed, jax.lax.all_gather(x, "fsdp")
 
-    program = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("fsdp"), out_specs=P(None, "fsdp"), check_vma=False))
+    program = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("fsdp"), out_specs=(P("fsdp"), P(None)), check_vma=False))
     traffic = count_traffic(program.lower(jax.ShapeDtypeStruct((8 * 4096,), jnp.float32)).compile().as_text())
     assert traffic.bytes == {"all-reduce": 5 * 4096 * 4 * 2 * 7 / 8, "all-gather": 8 * 4096 * 4 * 7 / 8}
     assert traffic.largest == 8 * 4096
@@ -130,3 +130,18 @@ def test_a_step_is_compiled_for_tpu():
     told = as_json(tiny, answer, ("base float32", answer))
     assert told["asked"]["rows"] == 16 and told["suggestion"]["change"] == "base float32"
     assert as_table(tiny, answer, ("base float32", answer)).renderables
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"--model": "llama-9"}, "error: plan: model; expected a config.json or one of llama-7b"),
+        ({"--recipe": "lora-ppo"}, "error: plan: recipe; expected a .py file or one of lora-dpo"),
+        ({"--topology": "v5litepod-16"}, "error: plan: topology; expected KIND:AxB"),
+    ],
+)
+def test_bad_input_gets_one_line(command, changes, what):
+    asked = {"--model": "llama-2-7b", "--topology": "v5e:2x2"} | changes
+    done = command("plan", *(word for pair in asked.items() for word in pair))
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert done.err.startswith(what)

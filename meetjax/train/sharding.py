@@ -76,8 +76,8 @@ def make_mesh(shape: tuple[int, int, int] | str, devices: list[Any] | None = Non
 
 
 def _placed(shape: tuple[int, int, int], devices: list[Any], slices: int) -> np.ndarray:
-    if devices[0].platform != "tpu":
-        return np.asarray(devices).reshape(shape)  # in the order given
+    if devices[0].platform != "tpu" or any(device.core_on_chip for device in devices):
+        return np.asarray(devices).reshape(shape)  # in the order given, as also where a chip is two devices
     from jax.experimental import mesh_utils
 
     if slices > 1:
