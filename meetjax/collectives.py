@@ -68,9 +68,10 @@ def count_traffic(text: str, unknown: int = 1) -> Traffic:
             if (found := _OP.search(line)) is None:
                 continue
             channel = re.search(r"channel_id=(\d+)", line)
-            if channel and channel[1] in seen:
+            phase = (str(_SHAPE.findall(found[1])), found[2], channel[1]) if channel else (line,)
+            if phase in seen:
                 continue
-            seen.add(channel[1] if channel else line)
+            seen.add(phase)
             shapes = [(kind, [int(d) for d in dims.split(",") if d]) for kind, dims in _SHAPE.findall(found[1]) if kind in _WIDTHS]
             if found[3] and len(shapes) > 1:
                 shapes = shapes[len(shapes) // 2 :]  # (operands, results, ...) of an asynchronous start
