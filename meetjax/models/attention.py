@@ -180,29 +180,20 @@ def choose_attention(config: ModelConfig, asked: str, platform: str, length: int
     rows; cuDNN has no soft prompt and no shared one (`make_layout` raises), and no float32. Decoding steps and left-padded prompts are
     xla's whatever is chosen. Raises MeetjaxError for what was asked by name and cannot be.
     """
-    window = config.sliding_window is not None and config.sliding_window < length
-    limits = {
-        "splash": "a TPU" if platform != "tpu" else f"no sliding window shorter than rows of {length}" if window else "",
-        "cudnn": "an NVIDIA GPU"
-        if platform not in ("gpu", "cuda")
-        else "bfloat16"
-        if config.dtype != "bfloat16"
-        else "no sliding window"
-        if window
-        else "",
-        "xla": "",
-    }
-    if asked != "auto":
-        if limits[asked]:
-            raise MeetjaxError(
-                "recipe: attention", expected=f"{limits[asked]} for {asked}", found=f"{platform}, {config.dtype}", fix="use auto"
-            )
-        return asked, f"attention {asked}: as asked"
-    if platform != "tpu":
-        return "xla", f"attention xla: runs on every platform, {platform} too"
-    if limits["splash"]:
-        return "xla", f"attention xla: splash needs {limits['splash']}"
-    return "splash", "attention splash: no scores in memory"
+    by = ("splash" if platform == "tpu" else "xla") if asked == "auto" else asked
+    limit = ""
+    if by != "xla" and config.sliding_window is not None and config.sliding_window < length:
+        limit = f"no sliding window shorter than rows of {length}"
+    if by == "cudnn" and config.dtype != "bfloat16":
+        limit = "bfloat16"
+    if platform not in {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}.get(by, (platform,)):
+        limit = {"splash": "a TPU", "cudnn": "an NVIDIA GPU"}[by]
+    if not limit:
+        return by, f"attention {by}" + (f": on {platform}" if asked == "auto" else ": as asked")
+    if asked == "auto":
+        return "xla", f"attention xla: {by} needs {limit}"
+    found = f"{platform}, {config.dtype}, window {config.sliding_window}"
+    raise MeetjaxError("recipe: attention", expected=f"{limit} for {by}", found=found, fix="use auto")
 
 
 def make_layout(config: ModelConfig, rows: Rows, prompt: Any = None, gates: Float[Array, "B E"] | None = None) -> Layout:

@@ -57,12 +57,17 @@ def split_rows(h: Float[Array, "B ..."], *others: str | None) -> Float[Array, "B
 
 
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of the table. On a mesh it is split over the width for that, so that every row is where it is looked up; a table split over
-    the vocabulary is gathered whole.
+    """Rows of the table. On a mesh that divides, every device looks its rows up in its part of the width; a table split over the vocabulary
+    would be gathered whole.
     """
-    if "model" not in jax.sharding.get_abstract_mesh().axis_names:
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
+    ways = math.prod(mesh.shape[axis] for axis in axes)
+    if "model" not in mesh.axis_names or table.shape[1] % mesh.shape["model"] or tokens.shape[0] % ways:
         return table[tokens]
-    return split_rows(jax.lax.with_sharding_constraint(table, PartitionSpec(None, "model"))[tokens], None, "model")
+    specs = PartitionSpec(None, "model"), PartitionSpec(axes)
+    look_up = jax.shard_map(lambda part, own: part[own], in_specs=specs, out_specs=PartitionSpec(axes, None, "model"), check_vma=False)
+    return look_up(table, tokens)
 
 
 def along_last(vector: Float[Array, " D"], x: Float[Array, "... D"]) -> Float[Array, "... D"]:
