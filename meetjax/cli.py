@@ -142,7 +142,7 @@ def plan(
         suggest: compile neighbouring settings, too, and name the best.
         json: print plain data.
     """
-    os.environ["JAX_PLATFORMS"] = "cpu"  # only the compiler of another platform is needed
+    import jax
     from rich.console import Console
 
     from meetjax.models.published import find_config
@@ -150,6 +150,7 @@ def plan(
     from meetjax.plan import suggest as find_better
     from meetjax.plan_table import as_json, as_table, say_setting
 
+    jax.config.update("jax_platforms", "cpu")  # only the compiler of another platform is needed
     if recipe.endswith(".py"):
         stage = _recipe(Path(recipe)).stages[0]
     elif recipe in RECIPES:

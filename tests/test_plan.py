@@ -125,7 +125,7 @@ def test_a_step_is_compiled_for_tpu():
             ask(tiny, dataclasses.replace(setting, **changes))
     answer = ask(tiny, setting)
     assert answer.fits and answer.bound in answer.seconds
-    assert answer.arguments == pytest.approx(sum(answer.groups.values()), rel=0.5)  # tiny arrays are padded to tiles
+    assert answer.arguments >= sum(answer.groups.values())  # arrays are filled up to tiles
     assert answer.moved and answer.flops > 0
     told = as_json(tiny, answer, ("base float32", answer))
     assert told["asked"]["rows"] == 16 and told["suggestion"]["change"] == "base float32"
