@@ -84,17 +84,24 @@ def write_table(made: list[dict[str, Any]], file: Path) -> None:
     file.write_text(before + begin + "\n" + "\n".join(lines) + "\n" + end + after)
 
 
+def keep(made: list[dict[str, Any]], only: str) -> list[dict[str, Any]]:
+    """Writes runs/plan/summary.json and the table: all rows made, or, where `only` some were, the others as an earlier run left them."""
+    out = ROOT / "runs" / "plan" / "summary.json"
+    before = json.loads(out.read_text()) if only and out.exists() else []
+    new = {row["name"]: row for row in made}
+    whole = [new.pop(row["name"], row) for row in before] + list(new.values())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(whole, indent=2) + "\n")
+    write_table(whole, ROOT / "BUILD.md")
+    return whole
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="checks whose name contains this; writes no table")
+    parser.add_argument("--only", default="", help="checks whose name contains this; the others stay as they were")
     only = parser.parse_args().only
     made = rows(only)
-    if not only:
-        out = ROOT / "runs" / "plan" / "summary.json"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(made, indent=2) + "\n")
-        write_table(made, ROOT / "BUILD.md")
-    sys.exit(0 if made and all(row["ok"] for row in made) else 1)
+    sys.exit(0 if made and all(row["ok"] for row in keep(made, only)) else 1)
 
 
 if __name__ == "__main__":
