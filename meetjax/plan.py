@@ -33,7 +33,7 @@ from meetjax.objectives.preference import Dpo
 from meetjax.objectives.sft import Sft
 from meetjax.train.flops import step_flops
 from meetjax.train.optim import make_optimizer
-from meetjax.train.sharding import base_shardings, batch_sharding, make_mesh, preset, replicated, state_shardings
+from meetjax.train.sharding import base_shardings, batch_sharding, check_batch, make_mesh, preset, replicated, state_shardings
 from meetjax.train.stage import Stage
 from meetjax.train.step import init_state, make_step, partition
 from meetjax.types import BATCH_AXES, Batch
@@ -257,7 +257,8 @@ def _train(question: Question, setting: Setting, config: ModelConfig, mesh: Mesh
     tx = make_optimizer(stage.optim, 1000)
     state = jax.eval_shape(lambda trainable: init_state(trainable, tx), trainable)
     state = _placed(state, state_shardings(config, state, mesh))
-    where, pairs = batch_sharding(mesh, question.batch, setting.microbatches), stage.objective.form == "pair"
+    check_batch(question.batch, mesh, setting.microbatches)
+    where, pairs = batch_sharding(mesh), stage.objective.form == "pair"
     answers = 2 if pairs else 1
 
     def array(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -281,7 +282,8 @@ def _decode(question: Question, setting: Setting, config: ModelConfig, mesh: Mes
     params, rows = _base(config, mesh, setting.base), question.batch
     bank = _bank(question, config, params)
     bank = _placed(bank, state_shardings(config, bank, mesh))
-    where = batch_sharding(mesh, rows)
+    check_batch(rows, mesh)
+    where = batch_sharding(mesh)
 
     def array(shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)

@@ -14,6 +14,7 @@ from meetjax.adapters.tree import Bank, kinds
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
 from meetjax.models.config import ModelConfig
+from meetjax.train.hosts import share_of
 from meetjax.types import BATCH_AXES, Batch
 
 MESH_AXES = ("data", "fsdp", "model")
@@ -178,16 +179,28 @@ def replicated(mesh: Any) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, prompts: int, microbatches: int = 1) -> NamedSharding:
-    """Rows split over the batch axes. Raises MeetjaxError unless they, and each micro-batch of them, divide."""
+def check_batch(rows: int, mesh: Mesh, microbatches: int = 1) -> None:
+    """Raises MeetjaxError for a batch that does not divide over the mesh, each micro-batch of it alike."""
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if prompts % (ways * microbatches):
+    if rows % (ways * microbatches):
         parts = "" if microbatches == 1 else f" x {microbatches} microbatches"
         expected = f"a multiple of data x fsdp{parts} = {ways * microbatches}"
-        raise MeetjaxError("recipe: train.batch_size", expected=expected, found=prompts)
+        raise MeetjaxError("recipe: train.batch_size", expected=expected, found=rows)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch on the mesh, rows split over the batch axes. Raises MeetjaxError when they do not divide."""
-    return jax.device_put(batch, batch_sharding(mesh, batch.tokens.shape[0]))
+    """The batch on the mesh, rows split over the batch axes; of several hosts each gives its own rows (`hosts.share_of`).
+
+    Raises MeetjaxError when they do not divide.
+    """
+    rows = batch.tokens.shape[0] * share_of(mesh)[1]
+    check_batch(rows, mesh)
+    where = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, where)
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(where, leaf, (rows, *leaf.shape[1:])), batch)
