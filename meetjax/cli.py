@@ -346,8 +346,6 @@ def _told_where(file: Path, call: Callable[[], Any]) -> Any:
 
 FUNCTIONS = (align, grid, generate, chat, sweep, export, import_, plan, demo, selftest)
 COMMANDS = {function.__name__.rstrip("_"): function for function in FUNCTIONS}
-    function.__name__.rstrip("_"): function for function in (align, grid, generate, chat, sweep, export, import_, plan, demo, selftest)
-}
 
 
 def main() -> None:
