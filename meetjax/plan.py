@@ -163,7 +163,7 @@ def first_setting(question: Question, **chosen: Any) -> Setting:
     length = question.length + _soft(question)
     config = dataclasses.replace(question.config, dtype="bfloat16")
     attention = choose_attention(config, chosen.pop("attention", None) or "auto", "tpu", length)[0]
-    setting = Setting(mesh, "full", attention)
+    setting = Setting(mesh, "full", attention) if question.what == "train" else Setting(mesh, "none", "xla")
     setting = dataclasses.replace(setting, **{name: value for name, value in chosen.items() if value})
     if question.what == "train" and not chosen.get("microbatches"):
         budget, ways = chip.memory_bytes / chip.devices / 10, math.prod(mesh[:2])
@@ -299,9 +299,8 @@ def _decode(question: Question, setting: Setting, config: ModelConfig, mesh: Mes
         array((rows,), jnp.int32),
     )
     new = min(256, question.length - 1)
-    plain = dataclasses.replace(config, attention="xla", remat="none")
     prompts = jax.ShapeDtypeStruct((rows, question.length - new), jnp.int32)
-    going = jax.eval_shape(lambda *a: first_token.__wrapped__(plain, *a, new), apart, prompts, array((rows,), jnp.int32), asked)
+    going = jax.eval_shape(lambda *a: first_token.__wrapped__(config, *a, new), apart, prompts, array((rows,), jnp.int32), asked)
     heads = "model" if config.kv_heads % mesh.shape["model"] == 0 else None
 
     def place(leaf: Any) -> NamedSharding:
@@ -311,7 +310,7 @@ def _decode(question: Question, setting: Setting, config: ModelConfig, mesh: Mes
 
     going = _placed(going, jax.tree.map(place, going))
     groups = _groups(params) | {"adapters": _bytes(bank), "cache": _bytes(going)}
-    return jax.jit(lambda *a: next_token.__wrapped__(plain, *a), donate_argnums=1), (apart, going, asked), groups
+    return jax.jit(lambda *a: next_token.__wrapped__(config, *a), donate_argnums=1), (apart, going, asked), groups
 
 
 def _apart(params: Any) -> Any:
