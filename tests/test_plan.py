@@ -19,7 +19,7 @@ from meetjax.errors import MeetjaxError
 from meetjax.models import sites
 from meetjax.models.config import to_hf
 from meetjax.models.published import PUBLISHED, find_config
-from meetjax.plan import RECIPES, Question, ask, first_setting, neighbours
+from meetjax.plan import RECIPES, Answer, Question, ask, first_setting, neighbours, suggest
 from meetjax.plan_table import as_json, as_table
 from meetjax.train.sharding import make_mesh
 from tests.conftest import TINY
@@ -94,6 +94,25 @@ def test_neighbours_change_one_thing_and_divide(pod):
         changed = [f.name for f in dataclasses.fields(begun) if getattr(setting, f.name) != getattr(begun, f.name)]
         assert len(changed) == 1
         assert seven.batch % (setting.mesh[0] * setting.mesh[1] * setting.microbatches) == 0
+
+
+def test_the_suggestion_is_the_quickest_neighbour_that_fits(pod, monkeypatch):
+    """Nothing is suggested that does not fit, or gains less than a twentieth."""
+    seven = question(config=find_config("llama-2-7b"), batch=256, length=2048)
+
+    def answer(setting, seconds, fits=True):
+        return Answer(setting, fits, 0.0 if fits else 1.0, 0, 0, 0, {}, 0.0, {}, {"links": seconds} if fits else {}, "links", 0, 0.0)
+
+    begun, told = answer(first_setting(seven), 1.0), []
+    costs = {"mesh 1 x 32 x 8": (0.8, True), "mesh 1 x 8 x 32": (0.9, True), "remat dots": (0.1, False)}
+    for spare in (1.0, 1.2):
+        by_setting = {setting: costs.get(name, (1.0, True)) for name, setting in neighbours(seven, begun.setting)}
+        monkeypatch.setattr(
+            plan_module, "ask", lambda _, setting, by=by_setting, spare=spare: answer(setting, by[setting][0] * spare, by[setting][1])
+        )
+        found = suggest(seven, begun, told.append)
+        assert (found and found[0]) == ("mesh 1 x 32 x 8" if spare == 1.0 else None)
+    assert "remat dots" in told and "mesh 1 x 32 x 8" in told
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5litepod-16", "v9:2x2", "v5e:2"])

@@ -200,7 +200,8 @@ def make_layout(config: ModelConfig, rows: Rows, prompt: Any = None, gates: Floa
     """Layout of whole sequences, [soft prompts | text] against the same keys.
 
     prompt: the bank's `prompt` or None; gates: its per-row gates, None for 1. Mixing adds log g to the scores of text rows on
-    prompt columns, so g = 0 masks them exactly. The bias costs 4 B T S bytes; plain causal text has none.
+    prompt columns, so g = 0 masks them exactly. The bias costs 4 B T S bytes; plain causal text has none, nor has splash, which gets it as
+    features. Raises MeetjaxError for a mask that the kernel of `config.attention` lacks.
     """
     chosen = _prompt_columns(prompt, gates, rows) if prompt is not None else None
     lead = 0 if chosen is None else chosen[1].shape[1]
