@@ -261,6 +261,7 @@ def _replaced(node: Any, hint: Any, path: list[str], text: str, whole: str) -> A
         return value
     head, rest = path[0], path[1:]
     if isinstance(node, tuple):
+        hint = _tuple_option(hint)
         if not head.isdigit() or int(head) >= len(node):
             raise MeetjaxError(f"--set {whole}: index {head}", expected=f"0 to {len(node) - 1}", found=head)
         own = _item_hints(hint, len(node))[int(head)]
@@ -307,6 +308,8 @@ def _parsed(hint: Any, text: str) -> Any:
 
 def _check_type(value: Any, hint: Any, where: str) -> None:
     """Raises MeetjaxError naming the innermost field whose value is not of its annotated type (an int passes for a float)."""
+    if isinstance(value, tuple):
+        hint = _tuple_option(hint)
     hints = _item_hints(hint, len(value)) if get_origin(hint) is tuple and isinstance(value, tuple) else ()
     if hints and len(hints) == len(value):
         for i, item in enumerate(value):
@@ -348,6 +351,12 @@ def _told(hint: Any) -> str:
 def _field_hints(kind: type) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _tuple_option(hint: Any) -> Any:
+    """Of a choice of types the tuple, if there is one."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
+    return next((option for option in options if get_origin(option) is tuple), hint)
 
 
 def _item_hints(hint: Any, count: int) -> tuple[Any, ...]:
