@@ -62,7 +62,7 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     changes_base = any("base" in stage.trains or stage.absorb for stage in recipe.stages)
     out = Path(recipe.out or f"runs/{recipe.name}")
     mesh = make_mesh(recipe.train.mesh)
-    check_batch(recipe.train.batch_size, mesh)
+    check_batch(recipe.train.batch_size, mesh, recipe.train.microbatches)
     _check_hosts(recipe, mesh, out)
     console.print(f"{recipe.name}: {recipe.model} -> {out}")
     with hosts.together("base"):
