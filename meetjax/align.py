@@ -62,12 +62,12 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     changes_base = any("base" in stage.trains or stage.absorb for stage in recipe.stages)
     out = Path(recipe.out or f"runs/{recipe.name}")
     mesh = make_mesh(recipe.train.mesh)
-    check_batch(recipe.train.batch_size, mesh)
+    check_batch(recipe.train.batch_size, mesh, recipe.train.microbatches)
     _check_hosts(recipe, mesh, out)
     console.print(f"{recipe.name}: {recipe.model} -> {out}")
     with hosts.together("base"):
         loaded = load(recipe.model, dtype=recipe.dtype, shardings=lambda config: base_shardings(config, mesh), quantize=recipe.quantize)
-    loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, dtype=recipe.dtype))
+    loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, dtype=recipe.dtype, residual=recipe.residual))
     if recipe.data.max_length > loaded.config.max_position:
         expected = f"at most {loaded.config.max_position}, the positions of {loaded.name}"
         raise MeetjaxError("recipe: data.max_length", expected=expected, found=recipe.data.max_length)
@@ -98,6 +98,7 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
         params, bank = fit(
             model.config, model.params, bank, split.train, stage, recipe.train, out / f"stage-{i}",
             buckets=split.buckets, mesh=mesh, identity=_identity(recipe, model, i), teacher=teacher, remat=recipe.remat,
+            attention=recipe.attention,
             reference=reference if stage.reference == "base" else Reference(model.config, model.params, bank),
             title=f"stage {i}: {type(stage.objective).__name__.lower()}", console=console,
         )  # fmt: skip

@@ -67,8 +67,10 @@ class Block(nn.Module):
         def run(params: dict, bits: Array, h: Array, layer: dict[str, Any], shared: tuple) -> tuple[Array, Any]:
             layout, gates = shared
             attend = make_attend(layout, layer["windowed"], layer["cache"])
-            h, cache = layers.block(self.config, params, layers.pin(held(bits, h)), layer["lora"], layer["edit"], gates, attend)
-            return layers.pin(h), cache
+            h, cache = layers.block(
+                self.config, params, layers.pin(self.config, held(bits, h)), layer["lora"], layer["edit"], gates, attend
+            )
+            return layers.pin(self.config, h), cache
 
         if self.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -95,7 +97,7 @@ class Decoder(nn.Module):
         config = self.config
         table = sites.top_sites(config)
         top = {name: self.param(name, _initializer(site), sites.shape(config, site)) for name, site in table.items()}
-        h, shared = enter(layers.pin(top["embed"][tokens].astype(config.dtype)))
+        h, shared = enter(layers.pin(config, layers.embed(top["embed"], tokens).astype(config.dtype)))
         windowed = [_windowed(config, i) for i in range(config.layers)]
         lora, edit = getattr(bank, "lora", None), getattr(bank, "edit", None)
         kept = []
@@ -182,7 +184,7 @@ def _forward(
     def enter(h: Array):
         if prompt is not None and prompt_length:
             vectors = prompt.vectors.astype(h.dtype).reshape(1, prompt_length, -1)
-            h = layers.pin(jnp.concatenate([jnp.broadcast_to(vectors, (h.shape[0], *vectors.shape[1:])), h], axis=1))
+            h = layers.pin(config, jnp.concatenate([jnp.broadcast_to(vectors, (h.shape[0], *vectors.shape[1:])), h], axis=1))
         entered: dict[int | None, Array] = {None: h}
         if bank is not None and bank.identity is not None:
             layout, _ = shared(rows, gates)
@@ -196,9 +198,9 @@ def _forward(
                     x, pair = layers.block(config, own, x, None, None, layers.Gates(None, None), attend)
                     if keep:
                         identity_kept[name] = pair
-                entered[entry] = layers.pin(x)
+                entered[entry] = layers.pin(config, x)
         stream_rows = jax.tree.map(lambda leaf: repeat(leaf, streams), rows)
-        return layers.pin(fan_out(entered, streams)), shared(stream_rows, streams.gates)
+        return layers.pin(config, fan_out(entered, streams)), shared(stream_rows, streams.gates)
 
     decoder = Decoder(config, stacked="blocks" in params, keep=keep, taps=taps)
     caches = None if cache is None else cache.blocks

@@ -16,7 +16,7 @@ from meetjax.types import Array
 
 @jax.custom_vjp
 def dot(x: Float[Array, "... in"], w: Float[Array, "in out"] | Any) -> Float[Array, "... out"]:
-    """x W in x's dtype with float32 accumulation (a bf16 product with a bf16 result is slower than float32 on CPU).
+    """x W in x's dtype with float32 accumulation.
 
     The gradient in a frozen W is never written down, so nothing is kept for it; the gradient in a W that trains is float32 until
     it takes W's dtype. A quantised W is made a matrix of numbers here, at every use, and cannot train.
@@ -25,9 +25,17 @@ def dot(x: Float[Array, "... in"], w: Float[Array, "in out"] | Any) -> Float[Arr
 
 
 def _contract(x: Array, w: Any, axis: int) -> Array:
+    """On CPU a bf16 product with a bf16 result is slower than float32, so it is float32 and then cast. Elsewhere units accumulate in
+    float32 anyway, and a float32 result would be what devices with parts of the sum exchange: twice the bytes.
+    """
     matrix = plain(w).astype(x.dtype)
-    product = jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
-    return product.astype(x.dtype)
+
+    def product(kind: Any) -> Array:
+        return jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=kind)
+
+    if x.dtype == jnp.float32:
+        return product(jnp.float32)
+    return jax.lax.platform_dependent(cpu=lambda: product(jnp.float32).astype(x.dtype), default=lambda: product(x.dtype))
 
 
 def _forward(x: Any, w: Any) -> tuple[Array, tuple]:

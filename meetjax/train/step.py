@@ -22,6 +22,7 @@ from meetjax.models.quant import is_quantized
 from meetjax.objectives.logps import answer_logps, answer_token_logps
 from meetjax.objectives.reward import answer_rewards
 from meetjax.train.optim import learning_rate
+from meetjax.train.sharding import keep_placed
 from meetjax.train.stage import Stage
 from meetjax.types import Array, Batch, Params
 
@@ -176,6 +177,6 @@ def make_step(config: ModelConfig, stage: Stage, tx: optax.GradientTransformatio
         grads, metrics = gradient(state.trainable, frozen, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": learning_rate(opt_state)}
-        return State(optax.apply_updates(state.trainable, updates), opt_state, state.step + 1), metrics
+        return keep_placed(config, State(optax.apply_updates(state.trainable, updates), opt_state, state.step + 1)), metrics
 
     return jax.jit(step, donate_argnums=0)
