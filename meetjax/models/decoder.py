@@ -97,7 +97,7 @@ class Decoder(nn.Module):
         config = self.config
         table = sites.top_sites(config)
         top = {name: self.param(name, _initializer(site), sites.shape(config, site)) for name, site in table.items()}
-        h, shared = enter(layers.pin(config, layers.embed(top["embed"], tokens).astype(config.dtype)))
+        h, shared = enter(layers.pin(config, layers.embed(config, top["embed"], tokens).astype(config.dtype)))
         windowed = [_windowed(config, i) for i in range(config.layers)]
         lora, edit = getattr(bank, "lora", None), getattr(bank, "edit", None)
         kept = []

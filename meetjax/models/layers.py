@@ -56,14 +56,15 @@ def split_rows(h: Float[Array, "B ..."], *others: str | None) -> Float[Array, "B
     return jax.lax.with_sharding_constraint(h, PartitionSpec(axes, *others, *[None] * (h.ndim - 1 - len(others))))
 
 
-def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def embed(config: ModelConfig, table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of the table. On a mesh that divides, every device looks its rows up in its part of the width; a table split over the vocabulary
-    would be gathered whole.
+    would be gathered whole. `config.residual` free leaves that to the compiler, too.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
     ways = math.prod(mesh.shape[axis] for axis in axes)
-    if "model" not in mesh.axis_names or table.shape[1] % mesh.shape["model"] or tokens.shape[0] % ways:
+    left = config.residual == "free" or "model" not in mesh.axis_names
+    if left or table.shape[1] % mesh.shape["model"] or tokens.shape[0] % ways:
         return table[tokens]
     specs = PartitionSpec(None, "model"), PartitionSpec(axes)
     look_up = jax.shard_map(lambda part, own: part[own], in_specs=specs, out_specs=PartitionSpec(axes, None, "model"), check_vma=False)

@@ -97,7 +97,7 @@ def fit(
         jax.set_mesh(mesh),
     ):
         # Donated: the state takes the copy over, and no second one stays behind.
-        places = state_shardings(config, jax.eval_shape(init_state, trainable, tx), mesh)
+        places = state_shardings(config, jax.eval_shape(lambda trainable: init_state(trainable, tx), trainable), mesh)
         state = jax.jit(init_state, static_argnums=1, donate_argnums=0, out_shardings=places)(trainable, tx)
         if (found := checkpoints.restore(state, console.print)) is not None:
             state, position = found
