@@ -30,8 +30,8 @@ from meetjax.train import hosts
 from meetjax.train.fit import fit
 from meetjax.train.metrics import peak_rss_gb
 from meetjax.train.reference import Reference
-from meetjax.train.sharding import base_shardings, make_mesh
-from meetjax.train.stage import Recipe, Stage, check_recipe, resolved
+from meetjax.train.sharding import base_shardings, check_batch, make_mesh
+from meetjax.train.stage import Recipe, Stage, Train, check_recipe, resolved
 from meetjax.train.view import Split, check_columns, read_rows
 
 
@@ -61,6 +61,7 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     changes_base = any("base" in stage.trains or stage.absorb for stage in recipe.stages)
     out = Path(recipe.out or f"runs/{recipe.name}")
     mesh = make_mesh(recipe.train.mesh)
+    check_batch(recipe.train.batch_size, mesh)
     _check_hosts(recipe, mesh, out)
     console.print(f"{recipe.name}: {recipe.model} -> {out}")
     with hosts.together("base"):
@@ -212,6 +213,6 @@ def held_out(
 
 
 def _identity(recipe: Recipe, model: Model, stage: int) -> dict[str, Any]:
-    """What a checkpoint must agree with to be continued: everything but where the results go."""
-    facts = resolved(dataclasses.replace(recipe, out=""))
+    """What a checkpoint must agree with to be continued: everything but where the results go, and on which devices they are made."""
+    facts = resolved(dataclasses.replace(recipe, out="", train=dataclasses.replace(recipe.train, mesh=Train().mesh)))
     return {"stage": stage, "fingerprint": model.fingerprint, "recipe": facts}

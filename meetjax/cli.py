@@ -171,13 +171,16 @@ COMMANDS = {function.__name__: function for function in (align, grid, generate, 
 
 
 def main() -> None:
-    """Runs a sub-command. Exit status 2 for bad input (one line on stderr, a traceback only with --debug), 143 after SIGTERM."""
+    """Runs a sub-command. Exit status 2 for bad input (one line on stderr, a traceback only with --debug), 143 after SIGTERM,
+    75 when another host of the run is gone.
+    """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import jax
 
+    from meetjax.launch import leave, wait_for_verdict
     from meetjax.models.sources import cache_dir
     from meetjax.train.fit import Interrupted
 
@@ -191,13 +194,16 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
-        sys.exit(143)
+        leave(143)
     except KeyboardInterrupt:
         print("interrupted; the last checkpoint stands, run the same command to go on", file=sys.stderr)
-        sys.exit(130)
+        leave(130)
+    except jax.errors.JaxRuntimeError:
+        wait_for_verdict()
+        raise
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ of stack), out of Python's reach. So the work is done in a child, and its parent
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -13,7 +14,8 @@ import re
 import signal
 import sys
 import threading
-from typing import Any
+import time
+from typing import Any, NoReturn
 
 import jax
 
@@ -24,6 +26,8 @@ LOST = 75
 """Exit status when another host is gone (EX_TEMPFAIL of sysexits.h): the same command on all hosts goes on."""
 HEARTBEAT = 100.0
 """Seconds of silence after which JAX gives a host up, unless `patience()` is shorter."""
+LEAVE = 10.0
+"""Seconds that a host that failed waits for others to have failed alike."""
 _FATAL = re.compile(r"[WEF]\d{4} .*(coordination|client\.h)")
 
 
@@ -49,11 +53,36 @@ def join_hosts(coordinator: str | None = None, processes: int | None = None, pro
     try:
         jax.distributed.initialize(
             coordinator, processes, process, initialization_timeout=int(limit) + 1,
-            heartbeat_timeout_seconds=int(min(limit, HEARTBEAT)) or 1, shutdown_timeout_seconds=int(limit) or 1,
+            heartbeat_timeout_seconds=max(int(min(limit, HEARTBEAT)), 1), shutdown_timeout_seconds=max(int(limit), 1),
         )  # fmt: skip
     finally:
         runtime.get_distributed_runtime_service = plain
     return True
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process after an error that it has told. Of several hosts those that met the same error end together; one that
+    is alone with its own does not wait for the others, who are held up in a step without it and will learn of its end.
+    """
+    from jax._src.distributed import global_state
+
+    if global_state.client is None:
+        sys.exit(status)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        global_state.client.wait_at_barrier("meetjax/leave", int(1000 * min(patience(), LEAVE)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if global_state.service is not None:
+        time.sleep(0.5)  # without the service of host 0 the others would end by a signal
+    os._exit(status)
+
+
+def wait_for_verdict() -> None:
+    """After an error in a computation of several hosts, time for the runtime to find that one is gone; it then ends this process."""
+    from jax._src.distributed import global_state
+
+    if global_state.client is not None:
+        time.sleep(1.5 * min(patience(), HEARTBEAT))
 
 
 def _check(coordinator: str | None, processes: int | None, process: int | None) -> None:

@@ -83,6 +83,7 @@ def fit(
     batches = loader(rows, train.batch_size, buckets, train.seed, *share)
     hosts.agree("data", batches.get_state()["key"])
     # JAX's own handler of SIGTERM brings all hosts to the same step, so with several it must stay in place.
+    console = console or Console()
     alone, stop, stopping = jax.process_count() == 1, threading.Event(), False
     # Leaving the block waits for the last write, so that what is said to be saved is, whatever ends the loop.
     with (
@@ -92,7 +93,7 @@ def fit(
     ):
         # Donated: the state takes the copy over, and no second one stays behind.
         state = jax.jit(init_state, static_argnums=1, donate_argnums=0)(trainable, tx)
-        if (found := checkpoints.restore(state)) is not None:
+        if (found := checkpoints.restore(state, console.print)) is not None:
             state, position = found
             batches.set_state(position)
         begin, saved = int(state.step), int(state.step)

@@ -51,14 +51,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def check_batch(rows: int, mesh: Mesh) -> None:
+    """Raises MeetjaxError for a batch that does not divide over the mesh."""
+    if rows % (ways := math.prod(mesh.shape[axis] for axis in BATCH_AXES)):
+        raise MeetjaxError("recipe: train.batch_size", expected=f"a multiple of data x fsdp = {ways}", found=rows)
+
+
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """The batch on the mesh, rows split over the batch axes; of several hosts each gives its own rows (`hosts.share_of`).
 
     Raises MeetjaxError when they do not divide.
     """
-    ways, parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES), share_of(mesh)[1]
-    if (rows := batch.tokens.shape[0] * parts) % ways:
-        raise MeetjaxError("recipe: train.batch_size", expected=f"a multiple of data x fsdp = {ways}", found=rows)
+    rows = batch.tokens.shape[0] * share_of(mesh)[1]
+    check_batch(rows, mesh)
     where = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     if jax.process_count() == 1:
         return jax.device_put(batch, where)
