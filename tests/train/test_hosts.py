@@ -7,11 +7,15 @@ import os
 import signal
 import socket
 import time
+import types
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from meetjax.errors import MeetjaxError
+from meetjax.train.hosts import share_of
 from meetjax.train.metrics import read_metrics
 from tests.conftest import write_model, write_pairs, write_recipe
 
@@ -93,6 +97,34 @@ def wait_for_step(out, step, seconds=LIMIT):
     while not (rows := read_metrics(out / "stage-0")) or rows[-1]["step"] < step:
         assert time.monotonic() < limit, f"step {step} did not come"
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "shares"),
+    [
+        ((8, 1, 1), range(8), [(0, 2), (1, 2)]),
+        ((2, 2, 2), range(8), [(0, 2), (1, 2)]),
+        ((2, 2, 2), [4, 5, 6, 7, 0, 1, 2, 3], [(1, 2), (0, 2)]),
+        ((1, 1, 8), range(8), [(0, 1), (0, 1)]),
+        ((2, 1, 4), [0, 1, 4, 5, 2, 3, 6, 7], [(0, 1), (0, 1)]),
+        ((4, 1, 2), [0, 1, 4, 5, 2, 3, 6, 7], None),
+    ],
+    ids=["data", "all axes", "hosts swapped", "model over hosts", "each place on both", "rows apart"],
+)
+def test_each_host_has_the_rows_of_its_devices(monkeypatch, shape, order, shares):
+    """Devices 0 to 3 belong to process 0, 4 to 7 to process 1."""
+    devices = np.array([types.SimpleNamespace(process_index=i // 4) for i in order], object).reshape(shape)
+    mesh = types.SimpleNamespace(
+        devices=devices, axis_names=("data", "fsdp", "model"), shape=dict(zip(("data", "fsdp", "model"), shape, strict=True))
+    )
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for host in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        if shares:
+            assert share_of(mesh) == shares[host]
+        else:
+            with pytest.raises(MeetjaxError, match=r"train\.mesh; expected the same number of neighbouring data x fsdp places a host"):
+                share_of(mesh)
 
 
 @pytest.fixture(scope="module")
