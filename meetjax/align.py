@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -78,6 +79,7 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
         for stage in recipe.stages:
             if _seen(stage) not in splits:
                 splits[_seen(stage)] = read_rows(recipe.data, stage, loaded.tokenizer, console)
+    hosts.agree("data", [_digest(table) for split in splits.values() for table in split[:3] if table is not None])
     judged = splits[_seen(recipe.stages[-1])]
     model, reference, untrained, bank, teacher = loaded, open_reference(loaded), None, Bank(), None
     if not recipe.evaluation.prompts:
@@ -135,6 +137,10 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
         if hosts.writes():
             console.print(f"wrote {write_summary(summary, out)}")
     return summary
+
+
+def _digest(rows: Rows) -> str:
+    return f"{len(rows)} rows, {hashlib.sha256(''.join(rows.hashes).encode()).hexdigest()[:12]}"
 
 
 def _check_hosts(recipe: Recipe, mesh: jax.sharding.Mesh, out: Path) -> None:

@@ -180,7 +180,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import jax
 
-    from meetjax.launch import leave, wait_for_verdict
+    from meetjax.launch import fail, leave
     from meetjax.models.sources import cache_dir
     from meetjax.train.fit import Interrupted
 
@@ -201,9 +201,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; the last checkpoint stands, run the same command to go on", file=sys.stderr)
         leave(130)
-    except jax.errors.JaxRuntimeError:
-        wait_for_verdict()
-        raise
+    except Exception as error:
+        fail(error)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from typing import Any, NoReturn
 
 import jax
@@ -44,9 +45,9 @@ def join_hosts(coordinator: str | None = None, processes: int | None = None, pro
         return False
     limit = patience()
     _run_in_child(given)
-    from jax._src import distributed
+    from jax._src.lib import _jax
 
-    runtime: Any = distributed._jax
+    runtime: Any = _jax
     plain = runtime.get_distributed_runtime_service
     # Without a limit of its own the service waits an hour, and then nobody knows who was missing: only it can tell.
     runtime.get_distributed_runtime_service = functools.partial(plain, cluster_register_timeout=max(int(limit) - 1, 1))
@@ -55,6 +56,9 @@ def join_hosts(coordinator: str | None = None, processes: int | None = None, pro
             coordinator, processes, process, initialization_timeout=int(limit) + 1,
             heartbeat_timeout_seconds=max(int(min(limit, HEARTBEAT)), 1), shutdown_timeout_seconds=max(int(limit), 1),
         )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        fix = "choose another port, or see what the launcher told each process"
+        raise MeetjaxError("hosts: cannot be connected", found=error, fix=fix) from error
     finally:
         runtime.get_distributed_runtime_service = plain
     return True
@@ -77,12 +81,19 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def wait_for_verdict() -> None:
-    """After an error in a computation of several hosts, time for the runtime to find that one is gone; it then ends this process."""
+def fail(error: Exception) -> NoReturn:
+    """Ends this process after an error that is no user's: as Python does, or, of several hosts, without waiting for the others.
+
+    A computation that failed because another host is gone is told by the runtime, which ends this process; it gets the time to.
+    """
     from jax._src.distributed import global_state
 
-    if global_state.client is not None:
+    if global_state.client is None:
+        raise error
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
         time.sleep(1.5 * min(patience(), HEARTBEAT))
+    traceback.print_exception(error)
+    leave(1)
 
 
 def _check(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -106,7 +117,7 @@ def _in_cluster() -> bool:
 
 
 def _run_in_child(given: tuple[str | None, int | None, int | None]) -> None:
-    """Returns in a child process. The parent passes SIGTERM and SIGINT on, and exits as the child does."""
+    """Returns in a child process. The parent passes SIGTERM on, and exits as the child does."""
     sys.stdout.flush()
     sys.stderr.flush()
     read, write = os.pipe()
@@ -122,8 +133,8 @@ def _run_in_child(given: tuple[str | None, int | None, int | None]) -> None:
         os.close(write)
         return
     os.close(write)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: os.kill(child, number))
+    signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the child too
     fatal: list[str] = []
     reader = threading.Thread(target=_pass_on, args=(read, fatal), daemon=True)
     reader.start()

@@ -32,7 +32,7 @@ def file_digest(path: Path) -> dict[str, str]:
     """Size and SHA-256 of 256 evenly spread pieces of 64 bytes of every file of a model, by name: what hosts can compare before
     any of them reads its part of the weights.
     """
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors", ".jinja")) if path.is_dir() else [path]
     found = {}
     for file in files:
         size, digest = file.stat().st_size, hashlib.sha256()

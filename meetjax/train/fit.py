@@ -64,7 +64,7 @@ def fit(
     Continues from the newest checkpoint there, bit for bit. A batch is `train.batch_size` prompts. identity: what a checkpoint
     must agree with to be resumed; teacher: the frozen bank of an objective that asks one; remat: as in `choose_remat`. Raises
     MeetjaxError when the loss is not finite (naming the last good checkpoint), when nothing trains, when a checkpoint is of another
-    run, when hosts have other data; Interrupted after SIGTERM, which one of several hosts passes on to all.
+    run; Interrupted after SIGTERM, which one of several hosts passes on to all.
     """
     base = "base" in stage.trains
     named = tuple(KIND_OF[type(spec)] for spec in stage.trains if spec != "base")
@@ -81,7 +81,6 @@ def fit(
         reference = Reference(config, params)
     share = hosts.share_of(mesh)
     batches = loader(rows, train.batch_size, buckets, train.seed, *share)
-    hosts.agree("data", batches.get_state()["key"])
     # JAX's own handler of SIGTERM brings all hosts to the same step, so with several it must stay in place.
     console = console or Console()
     alone, stop, stopping = jax.process_count() == 1, threading.Event(), False

@@ -7,11 +7,12 @@ store and not through their devices: two hosts that disagree would start differe
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from meetjax.errors import MeetjaxError
 from meetjax.types import BATCH_AXES
 
+SETTLE = 30.0
+"""Seconds that a network file system may take to show one host what another has written."""
 _calls = itertools.count()
 """All hosts make the same calls in the same order, so its numbers name them."""
 _steps = itertools.count(1)
@@ -119,15 +122,16 @@ def check_shared(folder: Path) -> None:
         except OSError as error:
             fix = "choose another out folder, or make it writable"
             raise MeetjaxError(f"{folder}: cannot be written", found=error.strerror or error, fix=fix) from error
-    try:
-        text = mark.read_text() if mark.exists() else "nothing"
-        if len(set(seen := gather(f"{folder}", text))) > 1:
-            other = next(host for host, found in enumerate(seen) if found != seen[0])
-            fix = "give an out folder that all hosts share, on a network file system or a mounted bucket"
-            raise MeetjaxError(f"{folder}: not one folder for all hosts", found=f"another one on host {other}", fix=fix)
-    finally:
-        if writes():
-            mark.unlink(missing_ok=True)
+    expected = gather(f"{folder}", mark.read_text() if writes() else "")[0]
+    limit = time.monotonic() + min(patience() / 2, SETTLE)
+    while not (seen := mark.exists() and mark.read_text() == expected) and time.monotonic() < limit:
+        time.sleep(0.05)
+    blind = [host for host, text in enumerate(gather(f"{folder}", "" if seen else "blind")) if text]
+    if writes():
+        mark.unlink(missing_ok=True)
+    if blind:
+        fix = "give an out folder that all hosts share, on a network file system"
+        raise MeetjaxError(f"{folder}: not one folder for all hosts", found=f"another one on {named(blind)}", fix=fix)
 
 
 def share_of(mesh: Mesh) -> tuple[int, int]:
@@ -163,7 +167,12 @@ def own_rows(mesh: Mesh | None, count: int) -> slice:
 
 def whole(tree: Any, mesh: Mesh) -> Any:
     """The same arrays with all of each on every device, so that every host can read them."""
-    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+    return _replicating(mesh)(tree)
+
+
+@functools.cache
+def _replicating(mesh: Mesh) -> Callable:
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def preempted() -> bool:

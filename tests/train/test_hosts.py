@@ -271,6 +271,14 @@ def test_hosts_with_different_weights_stop(hosts, tmp_path):
         assert status == 2 and line.startswith("error: hosts disagree: base: model.safetensors; expected ")
 
 
+def test_hosts_with_different_data_stop(hosts, tmp_path):
+    for i in (0, 1):
+        (tmp_path / str(i)).mkdir()
+        write_pairs(tmp_path / str(i) / "own.jsonl", 24 + i)
+    for status, (line,) in errors(hosts(tmp_path / "out", "data.path=own.jsonl", folders=[tmp_path / "0", tmp_path / "1"])):
+        assert status == 2 and line.startswith("error: hosts disagree: data: 0; expected 18 rows, ")
+
+
 def test_a_folder_that_hosts_do_not_share_stops_them(hosts, tmp_path):
     for i in (0, 1):
         (tmp_path / str(i)).mkdir()
