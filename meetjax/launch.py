@@ -31,6 +31,9 @@ LEAVE = 10.0
 """Seconds that a host that failed waits for others to have failed alike."""
 _FATAL = re.compile(r"[WEF]\d{4} .*(coordination|client\.h)")
 
+_NOTED = re.compile(r"W\d{4} .*preemption_notifier")
+"""The runtime has seen a SIGTERM; what comes of it is told when it is done."""
+
 
 def join_hosts(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> bool:
     """Connects this process with the others of its run; False where there are none. Before any JAX computation.
@@ -45,7 +48,7 @@ def join_hosts(coordinator: str | None = None, processes: int | None = None, pro
         return False
     limit = patience()
     _run_in_child(given)
-    from jax._src.lib import _jax
+    from jaxlib import _jax
 
     runtime: Any = _jax
     plain = runtime.get_distributed_runtime_service
@@ -158,7 +161,7 @@ def _pass_on(read: int, fatal: list[str]) -> None:
         for line in lines:
             if fatal or _FATAL.match(line):
                 fatal.append(line)
-            else:
+            elif not _NOTED.match(line):
                 sys.stderr.write(line)
                 sys.stderr.flush()
 

@@ -287,9 +287,7 @@ def write_recipe(folder, model_folder, *, steps=RECIPE_STEPS, trains='LoraSpec(r
     file = folder / "recipe.py"
     file.write_text(
         f"""from meetjax.adapters.edit import EditSpec
-from meetjax.adapters.identity import IdentitySpec
 from meetjax.adapters.lora import LoraSpec
-from meetjax.adapters.prompt import PromptSpec
 from meetjax.objectives.preference import Dpo
 from meetjax.objectives.sft import Sft
 from meetjax.train.stage import Data, Optim, Recipe, Stage, Train
