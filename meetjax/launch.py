@@ -48,7 +48,7 @@ def join_hosts(coordinator: str | None = None, processes: int | None = None, pro
         return False
     limit = patience()
     _run_in_child(given)
-    from jaxlib import _jax
+    from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue], made at build time
 
     runtime: Any = _jax
     plain = runtime.get_distributed_runtime_service

@@ -15,11 +15,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from meetjax.adapters.bank import init_bank
-from meetjax.adapters.edit import EditSpec
 from meetjax.adapters.identity import IdentitySpec
-from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.prompt import PromptSpec
-from meetjax.adapters.reward import RewardSpec
 from meetjax.adapters.tree import flatten
 from meetjax.errors import MeetjaxError
 from meetjax.train.hosts import share_of
@@ -212,11 +209,8 @@ import jax
 import numpy as np
 
 from meetjax.adapters.bank import init_bank
-from meetjax.adapters.edit import EditSpec
 from meetjax.adapters.identity import IdentitySpec
-from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.prompt import PromptSpec
-from meetjax.adapters.reward import RewardSpec
 from meetjax.adapters.tree import flatten
 from meetjax.data.loader import choose_buckets, loader
 from meetjax.data.records import read_records
@@ -235,7 +229,7 @@ def get_config():
         return part
     weights._read_leaf = counted
     mesh = make_mesh((1, 8, 1))
-    specs = (PromptSpec(3), LoraSpec(2), EditSpec(), IdentitySpec(), RewardSpec())
+    specs = (PromptSpec(3), IdentitySpec())
     model = load({model!r}, shardings=lambda config: base_shardings(config, mesh))
     rows, _ = tokenize_records(read_records({pairs!r}, "pair")[0], model.tokenizer, 64)
     batches = loader(rows, 8, choose_buckets(rows, count=2), 0, *share_of(mesh))
@@ -257,7 +251,7 @@ def get_config():
 
 
 def test_each_process_reads_its_part_of_data_and_weights(hosts, command, model, model_folder, tmp_path):
-    """An epoch's rows come once, on one of the two; of every split weight each reads half; adapters of every kind start alike."""
+    """An epoch's rows come once, on one of the two; of every split weight each reads half; adapters made of the weights start alike."""
     pairs = write_pairs(tmp_path / "pairs.jsonl", 21)
     script = tmp_path / "look.py"
     script.write_text(LOOK.format(model=str(model_folder), pairs=str(pairs), out=str(tmp_path)))
@@ -271,7 +265,7 @@ def test_each_process_reads_its_part_of_data_and_weights(hosts, command, model, 
     for name, leaf in (model.params | model.params["blocks"]).items():
         if name != "blocks":
             assert first["sizes"][name] == second["sizes"][name] == leaf.size // 2, name
-    specs = (PromptSpec(3), LoraSpec(2), EditSpec(), IdentitySpec(), RewardSpec())
+    specs = (PromptSpec(3), IdentitySpec())
     bank = flatten(init_bank(model.config, model.params, specs, model.tokenizer, jax.random.key(0)))
     assert first["bank"] == second["bank"] == {path: np.asarray(leaf).ravel()[::7].tolist() for path, leaf in bank.items()}
 
