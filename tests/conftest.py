@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerFast
 
 import meetjax.train.fit as fit_module
 from meetjax.adapters.tree import KINDS, Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt, Reward, entry_axis
+from meetjax.generate import decode
 from meetjax.models import sites
 from meetjax.models.config import ModelConfig, RopeScaling, from_hf
 from meetjax.models.decoder import apply, init_params
@@ -380,6 +381,23 @@ def quick_training():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit_module, "make_optimizer", functools.cache(make_optimizer))
         patch.setattr(fit_module, "make_step", quick_step)
+        yield
+
+
+@functools.cache
+def quick_programs():
+    """`first_token` and `next_token` compiled quickly, one pair for all modules."""
+    first = jax.jit(decode.first_token.__wrapped__, static_argnums=(0, 5), compiler_options=QUICK)
+    return first, jax.jit(decode.next_token.__wrapped__, static_argnums=0, donate_argnums=2, compiler_options=QUICK)
+
+
+@pytest.fixture(scope="module")
+def quick_generation():
+    """Generation in this process runs `quick_programs`. The command line runs it as users do."""
+    first, following = quick_programs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "first_token", first)
+        patch.setattr(decode, "next_token", following)
         yield
 
 
