@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 DATA ?= Anthropic/hh-rlhf:harmless-base
 
-.PHONY: demo test check parity notebook bench results setup setup-parity setup-notebook
+.PHONY: demo test check parity notebook bench results plan-check setup setup-parity setup-notebook setup-plan
 
 demo: setup
 	$(BIN)/meetjax demo
@@ -29,9 +29,14 @@ bench: setup-parity
 results: setup
 	$(BIN)/python experiments/results.py
 
+plan-check: setup-plan
+	$(BIN)/python experiments/plan_check.py
+
 setup: .venv/installed
 
 setup-parity: .venv/installed-parity
+
+setup-plan: .venv/installed-plan
 
 setup-notebook: .venv/installed-notebook
 
@@ -43,6 +48,10 @@ setup-notebook: .venv/installed-notebook
 
 .venv/installed-parity: .venv/installed requirements-parity.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-parity.txt
+	touch $@
+
+.venv/installed-plan: .venv/installed requirements-plan.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -r requirements-plan.txt
 	touch $@
 
 .venv/installed-notebook: .venv/installed requirements-notebook.txt

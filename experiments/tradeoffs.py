@@ -4,7 +4,8 @@
 
 Thakkar et al. (2024), arXiv 2406.04879, vary method, data, model and LoRA against QLoRA, each method with an adapter shape and rate of
 its own. Here every cell of a kind has the same sites, rank and rate, so that the method's effect is its own (their pair of presets
-confounds the two). HH is the 2,312-row harmless test part when given as `data`; "concise" comes with the package.
+confounds the two); "qlora" is the same LoRA on a base in int8. HH is the 2,312-row harmless test part when
+given as `data`; "concise" comes with the package.
 """
 
 from meetjax.adapters.edit import EditSpec
@@ -13,7 +14,7 @@ from meetjax.objectives.preference import Dpo
 from meetjax.objectives.sft import Sft
 from meetjax.train.stage import Data, Evaluation, Optim, Recipe, Stage, Train
 
-AXES = {"objective": ("sft", "dpo"), "data": ("concise", "hh"), "kind": ("lora", "edit"), "rank": (4, 16, 64), "seed": (0, 1)}
+AXES = {"objective": ("sft", "dpo"), "data": ("concise", "hh"), "kind": ("lora", "qlora", "edit"), "rank": (4, 16, 64), "seed": (0, 1)}
 SETS = {
     "concise": Data(path="concise", held_out=60, max_length=192),
     "hh": Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
@@ -21,8 +22,8 @@ SETS = {
 
 
 def get_config(objective: str, data: str, kind: str, rank: int, seed: int) -> Recipe | None:
-    """The recipe of a cell; None where an edit would have a rank."""
-    if kind == "edit" and rank != AXES["rank"][0]:
+    """The recipe of a cell; None where an edit would have a rank, and for QLoRA but in the middle."""
+    if (kind == "edit" and rank != AXES["rank"][0]) or (kind == "qlora" and rank != 16):
         return None
     spec = EditSpec() if kind == "edit" else LoraSpec(rank=rank, alpha=2.0 * rank)
     loss = Sft() if objective == "sft" else Dpo(beta=0.1)
@@ -30,6 +31,7 @@ def get_config(objective: str, data: str, kind: str, rank: int, seed: int) -> Re
         name="tradeoffs",
         data=SETS[data],
         train=Train(steps=200, batch_size=4, seed=seed),
+        quantize="int8" if kind == "qlora" else "none",
         stages=(Stage((spec,), loss, Optim(learning_rate=1e-3 if kind == "edit" else 2e-4)),),
         evaluation=Evaluation(prompts=50),
     )

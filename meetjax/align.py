@@ -62,12 +62,12 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     changes_base = any("base" in stage.trains or stage.absorb for stage in recipe.stages)
     out = Path(recipe.out or f"runs/{recipe.name}")
     mesh = make_mesh(recipe.train.mesh)
-    check_batch(recipe.train.batch_size, mesh)
+    check_batch(recipe.train.batch_size, mesh, recipe.train.microbatches)
     _check_hosts(recipe, mesh, out)
     console.print(f"{recipe.name}: {recipe.model} -> {out}")
     with hosts.together("base"):
-        loaded = load(recipe.model, dtype=recipe.dtype, shardings=lambda config: base_shardings(config, mesh))
-    loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, dtype=recipe.dtype))
+        loaded = load(recipe.model, dtype=recipe.dtype, shardings=lambda config: base_shardings(config, mesh), quantize=recipe.quantize)
+    loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, dtype=recipe.dtype, residual=recipe.residual))
     if recipe.data.max_length > loaded.config.max_position:
         expected = f"at most {loaded.config.max_position}, the positions of {loaded.name}"
         raise MeetjaxError("recipe: data.max_length", expected=expected, found=recipe.data.max_length)
@@ -80,6 +80,7 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
             if _seen(stage) not in splits:
                 splits[_seen(stage)] = read_rows(recipe.data, stage, loaded.tokenizer, console)
     hosts.agree("data", [_digest(table) for split in splits.values() for table in split[:3] if table is not None])
+    _rehearse(recipe, loaded, splits)
     judged = splits[_seen(recipe.stages[-1])]
     model, reference, untrained, bank, teacher = loaded, open_reference(loaded), None, Bank(), None
     if not recipe.evaluation.prompts:
@@ -87,18 +88,17 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     for i, stage in enumerate(recipe.stages):
         split = splits[_seen(stage)]
         if stage.absorb:
-            check_gates(bank, np.asarray([stage.absorb], np.float32), 1)
             teacher = bank
         if untrained is None and judged.held_out is not None and (stage.absorb or "base" in stage.trains):
             untrained = base_logps(reference, judged.held_out, judged.buckets, mesh=spread)  # while the loaded weights are here
         if stage.absorb:
             model, bank = merge_model(model, bank, stage.absorb), Bank()
             reference = Reference(model.config, model.params)
-        bank = _with_new_kinds(bank, stage, model, recipe.train.seed)
-        check_columns(bank, split.train, f"stages.{i}")
+        bank = _joined(bank, _new_kinds(bank, stage, model, recipe.train.seed))
         params, bank = fit(
             model.config, model.params, bank, split.train, stage, recipe.train, out / f"stage-{i}",
             buckets=split.buckets, mesh=mesh, identity=_identity(recipe, model, i), teacher=teacher, remat=recipe.remat,
+            attention=recipe.attention,
             reference=reference if stage.reference == "base" else Reference(model.config, model.params, bank),
             title=f"stage {i}: {type(stage.objective).__name__.lower()}", console=console,
         )  # fmt: skip
@@ -115,9 +115,10 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
         model = dataclasses.replace(model, name=str(out / "model"), fingerprint=fingerprint(model.config, model.params))
         console.print(f"wrote {save_model(model, out / 'model')}")
     if kinds(bank):
+        made = {"base": model.name, "fingerprint": model.fingerprint, "quantize": model.quantize, "recipe": resolved(recipe)}
         with hosts.together("adapters"):
             if hosts.writes():
-                save_adapters(out / "adapters", bank, base=model.name, fingerprint=model.fingerprint, recipe=resolved(recipe))
+                save_adapters(out / "adapters", bank, **made)
     if judged.held_out is not None:
         console.print(f"evaluating on {len(judged.held_out):,} held-out rows")
         rewarded = getattr(recipe.stages[-1].objective, "reads_rewards", False)
@@ -173,12 +174,32 @@ def _moved(recipe: Recipe, model: Model, loaded: Model, bank: Bank, judged: Spli
     return drift(model, loaded, bank, prompts, gates=gates, marker=marker, max_new_tokens=recipe.evaluation.max_new_tokens)
 
 
-def _with_new_kinds(bank: Bank, stage: Stage, model: Model, seed: int) -> Bank:
-    """The bank with the kinds that this stage is the first to train; what an earlier stage trained is continued."""
+def _new_kinds(bank: Bank, stage: Stage, model: Model, seed: int) -> Bank:
+    """The kinds that this stage is the first to train; what an earlier stage trained is continued."""
     new = tuple(spec for spec in stage.trains if spec != "base" and getattr(bank, KIND_OF[type(spec)]) is None)
     wide = max(stage.view.controls, 1)
-    made = init_bank(model.config, model.params, new, model.tokenizer, jax.random.key(seed), wide) if new else Bank()
+    return init_bank(model.config, model.params, new, model.tokenizer, jax.random.key(seed), wide) if new else Bank()
+
+
+def _joined(bank: Bank, made: Bank) -> Bank:
     return Bank(**{kind: getattr(bank, kind) or getattr(made, kind) for kind in KINDS})
+
+
+def _rehearse(recipe: Recipe, model: Model, splits: dict[Any, Split]) -> None:
+    """Raises MeetjaxError now for what would end a later stage: a layer that the model lacks, gates for other columns than there are."""
+    bank, layers = Bank(), model.config.layers
+    for i, stage in enumerate(recipe.stages):
+        if stage.absorb:
+            check_gates(bank, np.asarray([stage.absorb], np.float32), 1)
+            bank = Bank()
+        made: Any = jax.eval_shape(
+            lambda params, bank=bank, stage=stage: _new_kinds(bank, stage, dataclasses.replace(model, params=params), 0), model.params
+        )
+        bank = _joined(bank, made)
+        check_columns(bank, splits[_seen(stage)].train, f"stages.{i}")
+        taps = getattr(stage.objective, "taps", (1,))
+        if min(taps, default=0) < 0 or not 1 <= max(taps, default=0) <= layers:
+            raise MeetjaxError(f"recipe: stages.{i}.objective.taps", expected=f"0 to {layers}, one of them above 0", found=taps)
 
 
 def open_reference(model: Model) -> Reference:

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,13 +38,9 @@ def align(
 
     join_hosts(coordinator, processes, process)
     from meetjax.align import align as run
-    from meetjax.train.stage import Recipe, override
+    from meetjax.train.stage import override
 
-    get_config = getattr(_module(file), "get_config", None)
-    recipe = _told_where(file, get_config) if callable(get_config) else None
-    if not isinstance(recipe, Recipe):
-        raise MeetjaxError(f"{file}: get_config()", expected="a function that returns a Recipe", found=type(recipe).__name__)
-    run(override(recipe, list(set)))
+    run(override(_recipe(file), list(set)))
 
 
 def grid(
@@ -73,6 +70,7 @@ def generate(
     strength: float | None = None,
     dial: float | None = None,
     model: str = "smollm2-135m-instruct",
+    quantize: Literal["none", "int8", "int4"] = "none",
     system: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -88,6 +86,7 @@ def generate(
         strength: how much of the adapter: 0 base, 1 trained, between, beyond, or below 0 for the other way.
         dial: mix logits instead of weights, z = dial * adapted + (1 - dial) * base, with the adapter in full.
         model: hub id, folder, .gguf file or smollm2-135m-instruct.
+        quantize: hold the linear weights as integers.
         system: a system message.
         max_new_tokens: limit of the answer in tokens.
         temperature: 0 is greedy.
@@ -106,7 +105,7 @@ def generate(
     if strength is not None and dial is not None:
         raise MeetjaxError("generate: --strength and --dial", expected="one of them", found="both")
     sampling = Sampling(temperature, top_k, top_p)
-    loaded = load(model)
+    loaded = load(model, quantize=quantize)
     bank, gates = None, None
     if adapter is not None:
         bank = load_adapters(adapter, loaded.fingerprint)
@@ -114,6 +113,74 @@ def generate(
             gates, dial = at_strength(bank, 1.0 if strength is None else strength)
     request = Request(prompt, system=system, gates=gates, dial=dial, sampling=sampling, seed=seed)
     print(generate_texts(loaded, [request], adapters=bank, max_new_tokens=max_new_tokens)[0].text)
+
+
+def plan(
+    model: str,
+    topology: str,
+    recipe: str = "lora-dpo",
+    batch: int = 256,
+    length: int = 2048,
+    what: Literal["train", "decode"] = "train",
+    slices: int = 1,
+    mesh: tuple[int, int, int] | None = None,
+    remat: Literal["full", "dots", "none"] | None = None,
+    attention: Literal["auto", "xla", "splash"] = "auto",
+    base: str = "bfloat16",
+    microbatches: int = 0,
+    shared_prompt: bool = False,
+    dial: bool = True,
+    suggest: bool = True,
+    json: bool = False,
+) -> None:
+    """Compile a step for a TPU topology without a TPU: does it fit, what does it cost, what would be better.
+
+    Args:
+        model: a published model such as llama-2-7b, or a config.json; no weights are read.
+        topology: such as v5e:16x16 or v5p:4x4x4.
+        recipe: such as lora-dpo, red-dpo, clm-dpo, prompt-dpo or lora-sft, or a file with get_config(), whose first stage counts.
+        batch: prompts a step; rows that decode.
+        length: tokens of a row.
+        what: the training step, or one decoding step.
+        slices: of the topology, joined by the data axis.
+        mesh: data, fsdp and model (chosen by rule).
+        remat: what the forward pass keeps (full).
+        attention: who computes attention; auto says why.
+        base: dtype of the frozen weights.
+        microbatches: parts of the batch, one after another (0: chosen by rule).
+        shared_prompt: the answers to a prompt lie behind one copy of it, in one row.
+        dial: rows decode with the logit dial, adapted and base beside each other.
+        suggest: compile neighbouring settings, too, and name the best.
+        json: print plain data.
+    """
+    import jax
+    from rich.console import Console
+
+    from meetjax.models.published import find_config
+    from meetjax.plan import RECIPES, Question, ask, first_setting
+    from meetjax.plan import suggest as find_better
+    from meetjax.plan_table import as_json, as_table, say_setting
+
+    jax.config.update("jax_platforms", "cpu")  # only the compiler of another platform is needed
+    if recipe.endswith(".py"):
+        stage = _recipe(Path(recipe)).stages[0]
+    elif recipe in RECIPES:
+        stage = RECIPES[recipe]
+    else:
+        raise MeetjaxError("plan: recipe", expected="a .py file or one of " + ", ".join(RECIPES), found=recipe)
+    question = Question(model, find_config(model), recipe, stage, topology, batch, length, what, slices, shared_prompt, dial)
+    chosen = {"mesh": mesh, "remat": remat, "attention": attention, "base": base, "microbatches": microbatches}
+    setting = first_setting(question, **chosen)
+    told = Console(stderr=True)
+    with told.status(f"compiling: {say_setting(setting)}") as status:
+        answer = ask(question, setting)
+        better = find_better(question, answer, lambda name: status.update(f"trying {name}")) if suggest else None
+    if json:
+        print(dumps(as_json(question, answer, better), indent=2))
+    else:
+        Console().print(as_table(question, answer, better))
+    if not answer.fits:
+        sys.exit(1)
 
 
 def chat(
@@ -245,6 +312,16 @@ def selftest(model: str = "smollm2-135m-instruct") -> None:
         sys.exit(1)
 
 
+def _recipe(file: Path) -> Any:
+    from meetjax.train.stage import Recipe
+
+    get_config = getattr(_module(file), "get_config", None)
+    recipe = _told_where(file, get_config) if callable(get_config) else None
+    if not isinstance(recipe, Recipe):
+        raise MeetjaxError(f"{file}: get_config()", expected="a function that returns a Recipe", found=type(recipe).__name__)
+    return recipe
+
+
 def _module(file: Path):
     if not file.is_file():
         raise MeetjaxError(f"{file}: no such file", expected="an experiment with get_config()", fix="see experiments/README.md")
@@ -269,7 +346,8 @@ def _told_where(file: Path, call: Callable[[], Any]) -> Any:
         raise MeetjaxError(f"{file}{f':{line}' if line else ''}: cannot be run", found=f"{type(error).__name__}: {error}") from error
 
 
-COMMANDS = {function.__name__.rstrip("_"): function for function in (align, grid, generate, chat, sweep, export, import_, demo, selftest)}
+FUNCTIONS = (align, grid, generate, chat, sweep, export, import_, plan, demo, selftest)
+COMMANDS = {function.__name__.rstrip("_"): function for function in FUNCTIONS}
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from meetjax.models.layers import logits
 from meetjax.models.load import Model, load
 from meetjax.objectives.logps import compiled_answer_logps as logps
 from meetjax.objectives.preference import Dpo
-from meetjax.train.sharding import base_shardings, make_mesh, put_batch, replicated
+from meetjax.train.sharding import base_shardings, make_mesh, put_batch, state_shardings
 from meetjax.train.step import Parts, make_gradient, partition
 from meetjax.types import Batch
 
@@ -132,7 +132,7 @@ def _mesh_laws(model: Model, trainable: Parts, frozen: Parts, batch: Batch, grad
         mesh = make_mesh(shape, list(order))
         with jax.set_mesh(mesh):
             sharded = Parts(jax.device_put(frozen.params, base_shardings(model.config, mesh)), frozen.adapters)
-            placed = jax.device_put(trainable, replicated(mesh))
+            placed = jax.device_put(trainable, state_shardings(model.config, trainable, mesh))
             grads, _ = gradient(placed, sharded, put_batch(batch, mesh))
         ids = ",".join(str(device.id) for device in order)
         yield f"mesh {shape} of devices {ids} changes nothing", _distance(grads, whole), tolerance

@@ -94,12 +94,12 @@ def test_cells_are_checked_before_any_runs(runs, tmp_path):
 
 
 def test_the_study_is_a_grid(tmp_path):
-    """Both objectives on the same adapters at the same rate, and no edit with a rank."""
+    """Both objectives on the same adapters at the same rate, no edit with a rank, and QLoRA at one."""
     from tests.test_stages import load_experiment
 
     module = load_experiment("tradeoffs")
     cells = make_cells(module.AXES, module.get_config, tmp_path)
-    assert len(cells) == 2 * 2 * (3 + 1) * 2 and len({cell.recipe.out for cell in cells}) == len(cells)
+    assert len(cells) == 2 * 2 * (3 + 1 + 1) * 2 and len({cell.recipe.out for cell in cells}) == len(cells)
     pairs = {}
     for cell in cells:
         key = tuple(value for axis, value in cell.choices.items() if axis != "objective")

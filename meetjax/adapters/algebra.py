@@ -15,6 +15,7 @@ from meetjax.models import sites
 from meetjax.models.config import ModelConfig
 from meetjax.models.fingerprint import fingerprint
 from meetjax.models.load import Model
+from meetjax.models.quant import dequantize_params
 from meetjax.types import Params
 
 
@@ -119,12 +120,14 @@ def fold(bank: Bank, gates: Sequence[float]) -> Bank:
 def merge(config: ModelConfig, params: Params, bank: Bank, gates: Sequence[float] | None = None) -> tuple[ModelConfig, Params]:
     """The base with LoRA and edits folded in: W' = (W + g scale a b) diag(1 + g s), b' = b (1 + g s) + g t.
 
-    Returns a config too: an edit adds biases to its sites. Raises MeetjaxError for kinds that are not part of a linear layer.
+    Returns a config too: an edit adds biases to its sites. A quantised base comes back dequantised: what is merged into integers would
+    mostly be rounded away. Raises MeetjaxError for kinds that are not part of a linear layer.
     """
     for kind in kinds(bank):
         if kind not in MERGEABLE:
             raise MeetjaxError(f"merge: {kind} is not part of a linear layer", expected="lora or edit", fix=f"keep {kind} as an adapter")
     strengths = jnp.ones(columns(bank)) if gates is None else jnp.asarray(gates, jnp.float32)
+    params = dequantize_params(params)
     blocks, biases = dict(params["blocks"]), set(config.biases)
     for name in sites.LINEAR:
         weight = blocks[name].astype(jnp.float32)
@@ -145,7 +148,7 @@ def merge(config: ModelConfig, params: Params, bank: Bank, gates: Sequence[float
 def merge_model(model: Model, bank: Bank, gates: Sequence[float] | None = None) -> Model:
     """`merge` for a whole model, under the identity that the merged weights have: what `save_model` writes."""
     config, params = merge(model.config, model.params, bank, gates)
-    return dataclasses.replace(model, config=config, params=params, fingerprint=fingerprint(config, params))
+    return dataclasses.replace(model, config=config, params=params, fingerprint=fingerprint(config, params), quantize="none")
 
 
 def _site_names(tree: Any) -> list[str]:

@@ -22,9 +22,12 @@ from meetjax.errors import MeetjaxError
 FILE, MANIFEST, FORMAT = "adapters.safetensors", "manifest.json", 1
 
 
-def save_adapters(folder: str | Path, bank: Bank, *, base: str, fingerprint: str, recipe: dict[str, Any] | None = None) -> Path:
+def save_adapters(
+    folder: str | Path, bank: Bank, *, base: str, fingerprint: str, quantize: str = "none", recipe: dict[str, Any] | None = None
+) -> Path:
     """Writes `adapters.safetensors` and `manifest.json` (kinds, sites, gate columns, base name and fingerprint, recipe).
 
+    quantize: how the base was held in training. It is told and does not bind: whoever trains on integers serves on whole weights too.
     Each file appears whole or not at all. Raises MeetjaxError when the folder cannot be written or a leaf is not finite.
     """
     folder = Path(folder)
@@ -37,6 +40,7 @@ def save_adapters(folder: str | Path, bank: Bank, *, base: str, fingerprint: str
         "format": FORMAT,
         "base": base,
         "fingerprint": fingerprint,
+        "quantize": quantize,
         "kinds": {
             kind: {"entries": list(tree.entries), "sites": sorted({path.split("/")[1] for path in leaves if path.startswith(kind + "/")})}
             | ({"scale": tree.scale} if kind == "lora" else {})

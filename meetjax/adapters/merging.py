@@ -21,6 +21,7 @@ from jaxtyping import Float
 from meetjax.adapters.tree import Lora, LoraSite
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
+from meetjax.models.quant import dequantize_params, is_quantized
 from meetjax.types import Array, Params
 
 Delta = dict[str, Float[Array, "..."]]
@@ -114,6 +115,7 @@ def lora_delta(lora: Lora) -> Delta:
 
 def merge_delta(params: Params, delta: Delta) -> Params:
     """The base with `delta` added to its weights, each in its own dtype. Raises MeetjaxError for a site or shape of another base."""
+    params = dequantize_params(params)
     blocks = dict(params["blocks"])
     for name, leaf in delta.items():
         found = tuple(blocks[name].shape) if name in sites.LINEAR and name in blocks else "no such site"
@@ -162,8 +164,13 @@ def _weights(trees: Sequence[Any], weights: Sequence[float]) -> list[float]:
 
 
 def _leafwise(function: Callable[..., Any], trees: Sequence[Any]) -> Any:
-    """`function` of the leaves in float32, back in the dtype of the first tree's. Raises MeetjaxError for LoRA factors or misfits."""
-    factors = jax.tree.leaves(list(trees), is_leaf=lambda node: isinstance(node, Lora | LoraSite))
+    """`function` of the leaves in float32, back in the dtype of the first tree's.
+
+    Raises MeetjaxError for LoRA factors, quantised leaves and misfits.
+    """
+    factors = jax.tree.leaves(list(trees), is_leaf=lambda node: is_quantized(node) or isinstance(node, Lora | LoraSite))
+    if any(map(is_quantized, factors)):
+        raise MeetjaxError("merging: a quantised base", expected="whole weights", found="integers", fix="use quant.dequantize_params first")
     if any(isinstance(node, Lora | LoraSite) for node in factors):
         fix = "merge lora_delta of each, then to_lora or merge_delta; or keep them exact with algebra.mix"
         raise MeetjaxError("merging: the factors of a LoRA", expected="weights, edits, prompts or LoRA deltas", found="Lora", fix=fix)

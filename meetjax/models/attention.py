@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from meetjax.errors import MeetjaxError
 from meetjax.models.bits import keep
 from meetjax.models.config import ModelConfig
 from meetjax.models.layers import rope_angles, rotate
+from meetjax.models.splash import splash_attention, split
 from meetjax.types import Array
 
 MASKED = -1e30
@@ -34,7 +36,8 @@ class Layout:
     angles: rotary (cos, sin) of the queries; bias: float32[B, 1, T, S] or None for plain causal; window_bias: the same for
     layers with a sliding window (None: no such layers, or the window covers everything); slot: int32[], where the keys of
     this call go in the cache, or None when the queries attend to their own keys; then no query sees a key behind it in the array,
-    but the first `lead` (static; the soft prompts) may see as far as the first text token.
+    but the first `lead` (static; the soft prompts) may see as far as the first text token. by (static): who computes it, one of
+    `config.ATTENTIONS`; splash has `features` (x [B, T, X], y [B, T, X]) whose product is the bias within these bounds, and no bias.
     """
 
     angles: tuple[Array, Array]
@@ -42,6 +45,8 @@ class Layout:
     window_bias: Float[Array, "B 1 T S"] | None
     slot: Int[Array, ""] | None = None
     lead: int = dataclasses.field(default=0, metadata={"static": True})
+    by: str = dataclasses.field(default="xla", metadata={"static": True})
+    features: tuple[Float[Array, "B T X"], Float[Array, "B T X"]] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +56,8 @@ class Rows:
 
     index: int32[B, T], place of each query token in its text, negative for left padding; keys: int32[B, S], the same for
     the keys; bos: int32[B], 1 when the text begins with BOS; segments: int32[B, T], tokens attend to their own segment and to
-    segment 0, or None; causal (static): one right-padded text a row, so that the plain causal mask is the whole mask.
+    segment 0, or None; causal (static): one right-padded text a row, so that the plain causal mask is the whole mask; ways (static):
+    the number of segments beside segment 0.
     """
 
     index: Int[Array, "B T"]
@@ -59,6 +65,7 @@ class Rows:
     bos: Int[Array, " B"]
     segments: Int[Array, "B T"] | None = None
     causal: bool = dataclasses.field(default=False, metadata={"static": True})
+    ways: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 def text_rows(config: ModelConfig, tokens: Int[Array, "B T"], pad: Int[Array, " B"] | None = None) -> Rows:
@@ -83,7 +90,7 @@ def branched_rows(config: ModelConfig, tokens: Int[Array, "B T"], common: Int[Ar
     segments = jnp.sum(place[:, :, None] >= begins[:, None], axis=2, dtype=jnp.int32)
     begin = jnp.take_along_axis(begins, jnp.maximum(segments - 1, 0), axis=1)
     positions = jnp.where(segments == 0, place, place - begin + common[:, None])
-    return Rows(positions, positions, text_rows(config, tokens).bos, segments)
+    return Rows(positions, positions, text_rows(config, tokens).bos, segments, ways=ends.shape[1])
 
 
 def _text_to_text(rows: Rows) -> Array:
@@ -130,18 +137,86 @@ def _layout(config: ModelConfig, bias: Array, query: Array, key: Array, slot: Ar
     return Layout(rope_angles(config, query), bias[:, None], window_bias, slot, lead)
 
 
+def _features(rows: Rows, prompt: Any, columns: tuple | None, dtype: str) -> tuple[Float[Array, "B T X"], Float[Array, "B T X"]] | None:
+    """(x, y): x y is the bias of `make_layout` for every pair that array order allows. One feature a group of keys: y says which keys
+    are in it, x what each query adds to its scores.
+    """
+    batch, length = rows.index.shape
+    wide = 0 if columns is None else columns[0].shape[1]
+    pairs: list[tuple[Array, Array]] = []  # of [B, wide + T]
+
+    def joined(of_prompt: Any, of_text: Any) -> Array:
+        parts = ((of_prompt, wide), (of_text, length))
+        return jnp.concatenate([jnp.broadcast_to(jnp.asarray(x, jnp.float32), (batch, n)) for x, n in parts], axis=1)
+
+    if rows.segments is not None:
+        for segment in range(1, rows.ways + 1):
+            own = rows.segments == segment
+            pairs.append((joined(MASKED, jnp.where(own, 0.0, MASKED)), joined(0.0, own)))
+    if columns is not None:
+        bias = columns[0]
+        entries = prompt.vectors.shape[0]
+        owner = jnp.repeat(jnp.arange(entries), prompt.vectors.shape[1])[None]
+        sees = rows.index >= rows.bos[:, None]
+        present = jnp.any(prompt.vectors != 0, axis=-1).reshape(1, -1)
+        first = jnp.broadcast_to(jnp.arange(length)[None] == 0, (batch, length))
+        pairs.append((joined(jnp.where(rows.bos == 1, 0.0, MASKED)[:, None], 0.0), joined(0.0, first)))
+        pairs.append((joined(0.0, MASKED), joined(~present, 0.0)))
+        # The gate of an entry is the bias of any of its columns that is there, so of the largest.
+        for entry in range(entries):
+            gate = jnp.max(jnp.where(owner == entry, bias, MASKED), axis=1, keepdims=True)
+            whole = joined(jnp.where(owner == entry, 0.0, MASKED), jnp.where(sees, gate, MASKED))
+            pairs += [(part, joined(owner == entry, 0.0)) for part in split(whole, dtype)]
+    if not pairs:
+        return None
+    x, y = (jnp.stack(side, axis=2) for side in zip(*pairs, strict=True))
+    return x, y
+
+
+def choose_attention(config: ModelConfig, asked: str, platform: str, length: int) -> tuple[str, str]:
+    """(one of `config.ATTENTIONS`, a line that says why) for training on rows of `length` tokens, soft prompts included.
+
+    auto: splash on TPU and xla elsewhere. Splash masks by array order and groups of tokens, so it has no sliding window shorter than the
+    rows; cuDNN has no soft prompt and no shared one (`make_layout` raises), and no float32. Decoding steps and left-padded prompts are
+    xla's whatever is chosen. Raises MeetjaxError for what was asked by name and cannot be.
+    """
+    by = ("splash" if platform == "tpu" else "xla") if asked == "auto" else asked
+    limit = ""
+    if by != "xla" and config.sliding_window is not None and config.sliding_window < length:
+        limit = f"no sliding window shorter than rows of {length}"
+    if by == "cudnn" and config.dtype != "bfloat16":
+        limit = "bfloat16"
+    if platform not in {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}.get(by, (platform,)):
+        limit = {"splash": "a TPU", "cudnn": "an NVIDIA GPU"}[by]
+    if not limit:
+        return by, f"attention {by}" + (f": on {platform}" if asked == "auto" else ": as asked")
+    if asked == "auto":
+        return "xla", f"attention xla: {by} needs {limit}"
+    found = f"{platform}, {config.dtype}, window {config.sliding_window}"
+    raise MeetjaxError("recipe: attention", expected=f"{limit} for {by}", found=found, fix="use auto")
+
+
 def make_layout(config: ModelConfig, rows: Rows, prompt: Any = None, gates: Float[Array, "B E"] | None = None) -> Layout:
     """Layout of whole sequences, [soft prompts | text] against the same keys.
 
     prompt: the bank's `prompt` or None; gates: its per-row gates, None for 1. Mixing adds log g to the scores of text rows on
-    prompt columns, so g = 0 masks them exactly. The bias costs 4 B T S bytes; plain causal text has none.
+    prompt columns, so g = 0 masks them exactly. The bias costs 4 B T S bytes; plain causal text has none, nor has splash, which gets it as
+    features. Raises MeetjaxError for a mask that the kernel of `config.attention` lacks.
     """
-    if prompt is None:
+    chosen = _prompt_columns(prompt, gates, rows) if prompt is not None else None
+    lead = 0 if chosen is None else chosen[1].shape[1]
+    by = _able(config, rows, lead)
+    if by == "splash":
+        positions = rows.index
+        if chosen is not None:
+            positions = jnp.concatenate([chosen[1], _moved(rows.index, rows.bos, chosen[2])], axis=1)
+        return Layout(rope_angles(config, positions), None, None, lead=lead, by=by, features=_features(rows, prompt, chosen, config.dtype))
+    if chosen is None:
         window = config.sliding_window
         if rows.causal and (window is None or window >= rows.index.shape[1]):
-            return Layout(rope_angles(config, rows.index), None, None)
+            return Layout(rope_angles(config, rows.index), None, None, by=by)
         return _layout(config, _text_to_text(rows), rows.index, rows.keys)
-    columns, places, shift = _prompt_columns(prompt, gates, rows)
+    columns, places, shift = chosen
     owner = jnp.repeat(jnp.arange(prompt.vectors.shape[0]), prompt.vectors.shape[1])
     within = (owner[:, None] == owner[None])[None] & (places[:, None, :] <= places[:, :, None])
     to_bos = (rows.keys >= 0) & (rows.keys < rows.bos[:, None])
@@ -155,6 +230,25 @@ def make_layout(config: ModelConfig, rows: Rows, prompt: Any = None, gates: Floa
     )
     positions = jnp.concatenate([places, _moved(rows.index, rows.bos, shift)], axis=1)
     return _layout(config, bias, positions, positions, lead=places.shape[1])
+
+
+def _able(config: ModelConfig, rows: Rows, lead: int) -> str:
+    """The kernel of `config.attention` for these rows; xla for left-padded ones. Raises MeetjaxError where it cannot say their mask."""
+    padded = not rows.causal and rows.segments is None
+    if config.attention == "xla" or padded:
+        return "xla"
+    length = rows.index.shape[1] + lead
+    if config.sliding_window is not None and config.sliding_window < length:
+        raise MeetjaxError(
+            f"attention: {config.attention}",
+            expected=f"no sliding window shorter than {length} tokens",
+            found=config.sliding_window,
+            fix="use xla",
+        )
+    if config.attention == "cudnn" and (lead or rows.segments is not None):
+        found = "a soft prompt" if lead else "a shared prompt (data.shared_prompt)"
+        raise MeetjaxError("attention: cudnn", expected="plain causal rows", found=found, fix="use xla")
+    return config.attention
 
 
 def make_step_layout(
@@ -269,6 +363,11 @@ def make_attend(layout: Layout, windowed: bool | Array = True, cache: tuple[Arra
         slot = layout.slot
         if cache is not None and slot is not None:
             k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=2) for old, new in zip(cache, (k, v), strict=True))
+        if cache is None and layout.by == "splash":
+            return keep(splash_attention(q, k, v, layout.features, layout.lead)), (k, v)
+        if cache is None and layout.by == "cudnn":
+            own = (jnp.moveaxis(x, 1, 2) for x in (k, v))
+            return keep(jax.nn.dot_product_attention(q, *own, is_causal=True, implementation="cudnn")), (k, v)
         return attention(q, k, v, bias, layout.lead if cache is None else None), (k, v)
 
     return attend

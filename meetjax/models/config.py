@@ -18,6 +18,12 @@ FAMILIES = {  # model_type -> (has a sliding window, sites with a bias)
 LLAMA_BIASES = {"attention_bias": ("k", "o", "q", "v"), "mlp_bias": ("down", "gate", "up")}
 """Field of a llama's config.json -> the sites that it gives a bias, all together."""
 ROPE_SCALINGS = ("default", "linear", "llama3")
+REMATS = ("none", "dots", "full")
+"""What the forward pass keeps for the backward one: all, what products gave, the residual stream."""
+ATTENTIONS = ("xla", "splash", "cudnn")
+"""Who computes attention over whole sequences; see `attention.choose_attention`."""
+RESIDUALS = ("sequence", "batch", "free")
+"""How the residual stream lies on a mesh: rows over the batch axes and tokens over `model`, rows alone, or as the compiler likes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +42,8 @@ class ModelConfig:
     """Shape and constants of one decoder; hashable, so it can be a static argument of `jax.jit`.
 
     Lengths are in tokens. `sliding_window` None means full causal attention; `window_layers` names the layers that use
-    the window (None: all). `biases` names the linear sites that have one. `remat` is `none`,
-    `dots` or `full` and `dtype` the activation dtype (weights keep theirs).
+    the window (None: all). `biases` names the linear sites that have one. The last four say how to compute: `dtype` of activations
+    (weights keep theirs), and one of `REMATS`, `ATTENTIONS` and `RESIDUALS`.
     """
 
     model_type: str
@@ -60,6 +66,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "xla"
+    residual: str = "sequence"
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -69,8 +77,9 @@ class ModelConfig:
                 found=self.kv_heads,
                 fix="correct config.json",
             )
-        if self.remat not in ("none", "dots", "full"):
-            raise MeetjaxError("config field remat", expected="none, dots or full", found=self.remat)
+        for field, values in (("remat", REMATS), ("attention", ATTENTIONS), ("residual", RESIDUALS)):
+            if getattr(self, field) not in values:
+                raise MeetjaxError(f"config field {field}", expected=" or ".join(values), found=getattr(self, field))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -125,6 +134,10 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
             raise MeetjaxError(f"{where}: field {field}", expected="an integer", found=raw.get(field))
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise MeetjaxError(f"{where}: field hidden_act", expected="silu", found=raw["hidden_act"])
+    quantised = (raw.get("quantization_config") or {}).get("quant_method")
+    if quantised not in (None, "bitsandbytes"):
+        fix = "use an unquantised checkpoint, and quantize=int8 or int4 to hold it so"
+        raise MeetjaxError(f"{where}: quantization_config.quant_method", expected="bitsandbytes or none", found=quantised, fix=fix)
     windowed, biases = FAMILIES[family]
     if family == "llama":
         biases += tuple(site for field, group in LLAMA_BIASES.items() if raw.get(field) for site in group)
@@ -165,7 +178,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `from_hf`: a mapping for `config.json`, in the spelling of rope that old and new transformers read.
 
-    `dtype` and `remat` say how to compute and are in no file. Raises MeetjaxError for what the format has no field for.
+    What says how to compute is in no file. Raises MeetjaxError for what the format has no field for.
     """
     rope = config.rope_scaling
     raw: dict[str, Any] = {
@@ -203,7 +216,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         if config.sliding_window is not None:
             inside = range(config.layers) if config.window_layers is None else config.window_layers
             raw["layer_types"] = ["sliding_attention" if i in inside else "full_attention" for i in range(config.layers)]
-    read = dataclasses.replace(from_hf(raw, "config"), dtype=config.dtype, remat=config.remat)
+    how = {field: getattr(config, field) for field in ("dtype", "remat", "attention", "residual")}
+    read = dataclasses.replace(from_hf(raw, "config"), **how)
     for field in dataclasses.fields(config):
         said, meant = getattr(read, field.name), getattr(config, field.name)
         if said != meant:

@@ -19,6 +19,7 @@ from meetjax.models import layers, sites
 from meetjax.models.attention import Rows, make_attend, make_layout, make_step_layout, text_rows
 from meetjax.models.bits import KEPT_ONLY, held, to_bits
 from meetjax.models.config import ModelConfig
+from meetjax.models.quant import is_quantized
 from meetjax.models.streams import block_gates, fan_out, kind_gates, make_streams, mix, repeat
 from meetjax.types import Array, Params
 
@@ -33,6 +34,17 @@ def _initializer(site: sites.Site) -> Callable:
 
 def _windowed(config: ModelConfig, layer: int) -> bool:
     return config.window_layers is None or layer in config.window_layers
+
+
+def _leaf(module: nn.Module, config: ModelConfig, site: sites.Site) -> Any:
+    """A parameter as Linen makes and checks it; a quantised one, a tree whose shape Linen cannot check, as it is given."""
+    shape = sites.shape(config, site)
+    given: Any = module.get_variable("params", site.name)
+    if not is_quantized(given):
+        return module.param(site.name, _initializer(site), shape)
+    if given.shape != shape:
+        raise MeetjaxError(f"params: leaf {site.name} of a block", expected=shape, found=given.shape)
+    return given
 
 
 class Block(nn.Module):
@@ -50,13 +62,15 @@ class Block(nn.Module):
     def __call__(self, carry: tuple[Array, Any], layer: dict[str, Any], shared: tuple) -> tuple[tuple[Array, Any], Any]:
         h, taps = carry
         table = sites.block_sites(self.config)
-        params = {name: self.param(name, _initializer(site), sites.shape(self.config, site)) for name, site in table.items()}
+        params = {name: _leaf(self, self.config, site) for name, site in table.items()}
 
         def run(params: dict, bits: Array, h: Array, layer: dict[str, Any], shared: tuple) -> tuple[Array, Any]:
             layout, gates = shared
             attend = make_attend(layout, layer["windowed"], layer["cache"])
-            h, cache = layers.block(self.config, params, layers.pin(held(bits, h)), layer["lora"], layer["edit"], gates, attend)
-            return layers.pin(h), cache
+            h, cache = layers.block(
+                self.config, params, layers.pin(self.config, held(bits, h)), layer["lora"], layer["edit"], gates, attend
+            )
+            return layers.pin(self.config, h), cache
 
         if self.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -83,7 +97,7 @@ class Decoder(nn.Module):
         config = self.config
         table = sites.top_sites(config)
         top = {name: self.param(name, _initializer(site), sites.shape(config, site)) for name, site in table.items()}
-        h, shared = enter(layers.pin(top["embed"][tokens].astype(config.dtype)))
+        h, shared = enter(layers.pin(config, layers.embed(top["embed"], tokens).astype(config.dtype)))
         windowed = [_windowed(config, i) for i in range(config.layers)]
         lora, edit = getattr(bank, "lora", None), getattr(bank, "edit", None)
         kept = []
@@ -170,7 +184,7 @@ def _forward(
     def enter(h: Array):
         if prompt is not None and prompt_length:
             vectors = prompt.vectors.astype(h.dtype).reshape(1, prompt_length, -1)
-            h = layers.pin(jnp.concatenate([jnp.broadcast_to(vectors, (h.shape[0], *vectors.shape[1:])), h], axis=1))
+            h = layers.pin(config, jnp.concatenate([jnp.broadcast_to(vectors, (h.shape[0], *vectors.shape[1:])), h], axis=1))
         entered: dict[int | None, Array] = {None: h}
         if bank is not None and bank.identity is not None:
             layout, _ = shared(rows, gates)
@@ -184,9 +198,9 @@ def _forward(
                     x, pair = layers.block(config, own, x, None, None, layers.Gates(None, None), attend)
                     if keep:
                         identity_kept[name] = pair
-                entered[entry] = layers.pin(x)
+                entered[entry] = layers.pin(config, x)
         stream_rows = jax.tree.map(lambda leaf: repeat(leaf, streams), rows)
-        return layers.pin(fan_out(entered, streams)), shared(stream_rows, streams.gates)
+        return layers.pin(config, fan_out(entered, streams)), shared(stream_rows, streams.gates)
 
     decoder = Decoder(config, stacked="blocks" in params, keep=keep, taps=taps)
     caches = None if cache is None else cache.blocks

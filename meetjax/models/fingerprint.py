@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
 from meetjax.models.config import ModelConfig
+from meetjax.models.quant import is_quantized
 from meetjax.types import Array, Params
 
 FIELDS = ("vocab", "width", "hidden", "layers", "heads", "kv_heads", "head_width", "tied_head", "biases")
@@ -51,14 +52,21 @@ def gather_samples(leaves: dict[str, Array], positions: dict[str, tuple[Array, .
     return picked if mesh is None else jax.lax.with_sharding_constraint(picked, NamedSharding(mesh, PartitionSpec()))
 
 
-def fingerprint(config: ModelConfig, params: Params) -> str:
+def sample(path: str, leaf: Array) -> Array:
+    """What `fingerprint` reads of one leaf, for one that is quantised before all are there."""
+    where = getattr(leaf, "sharding", None)
+    return gather_samples({path: leaf}, {path: _positions(leaf.shape)}, where.mesh if isinstance(where, NamedSharding) else None)[path]
+
+
+def fingerprint(config: ModelConfig, params: Params, samples: dict[str, Array] | None = None) -> str:
     """SHA-256 (64 hex digits) of the shape fields of `config` and, for each leaf by path, its shape and 256 bfloat16 samples.
 
-    Unchanged by a cast between float32 and bfloat16 and by resharding. `params` has stacked blocks. Raises MeetjaxError for a
-    tree that is not that of `config`.
+    Unchanged by a cast between float32 and bfloat16 and by resharding. `params` has stacked blocks. A quantised base is the same
+    base: samples, by path, are those that `sample` took of its leaves before. Raises MeetjaxError for a tree that is not that of
+    `config` and for a quantised leaf without them.
     """
     digest = hashlib.sha256(json.dumps({field: getattr(config, field) for field in FIELDS}, sort_keys=True).encode())
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     shapes, _ = jax.tree_util.tree_flatten_with_path(sites.shapes(config), is_leaf=lambda node: isinstance(node, tuple))
     shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): shape for path, shape in shapes}
@@ -66,9 +74,16 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
         found = tuple(leaves[path].shape) if path in leaves else None
         if found != shapes.get(path):
             raise MeetjaxError(f"params: leaf {path}", expected=shapes.get(path, "no such leaf"), found=found or "no such leaf")
+    samples = samples or {}
+    leaves = {path: leaf for path, leaf in leaves.items() if path not in samples}
+    for path, leaf in leaves.items():
+        if is_quantized(leaf):
+            raise MeetjaxError(
+                f"params: leaf {path}", expected="weights as they were loaded", found=leaf.qtype, fix="use Model.fingerprint"
+            )
     meshes = [leaf.sharding.mesh for leaf in leaves.values() if isinstance(getattr(leaf, "sharding", None), NamedSharding)]
-    positions = {path: _positions(shape) for path, shape in shapes.items()}
-    picked = gather_samples(leaves, positions, meshes[0] if meshes else None)
+    positions = {path: _positions(shapes[path]) for path in leaves}
+    picked = samples | gather_samples(leaves, positions, meshes[0] if meshes else None)
     for path, shape in sorted(shapes.items()):
         digest.update(f"{path}{shape}".encode() + np.asarray(picked[path]).view(np.uint16).astype("<u2").tobytes())
     return digest.hexdigest()

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
+from meetjax.models.bnb import open_quantised
 from meetjax.models.config import ModelConfig, read_config
 from meetjax.models.sites import Site
 from meetjax.models.weights import Checkpoint, Index, file_shape
@@ -95,7 +96,7 @@ def _check_tensors(config: ModelConfig, folder: Path, slices: dict[str, Any], or
                 f"{origin[tensor]}: dtype of {tensor}",
                 expected=" or ".join(FLOATS),
                 found=slices[tensor].get_dtype(),
-                fix="use an unquantised checkpoint",
+                fix="use an unquantised checkpoint or one of bitsandbytes",
             )
     harmless = {sites.TOP["head"].hf} if config.tied_head else set()  # some exporters write a tied head twice
     for tensor in sorted(slices.keys() - expected.keys() - harmless):
@@ -130,16 +131,17 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def open_folder(folder: Path, name: str) -> Checkpoint:
-    """Opens a model folder; headers are read and checked, weights are not.
+    """Opens a model folder; headers are read and checked, weights are not. What bitsandbytes quantised is dequantised as it is read.
 
     Raises MeetjaxError for a missing or broken file, and for a missing, unexpected or misshapen tensor.
     """
     config = read_config(folder / "config.json")
     config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + _generation_eos(folder))))
-    slices, origin = _open_tensors(folder)
+    stored, origin = _open_tensors(folder)
+    slices = open_quantised(stored, origin)
     _check_tensors(config, folder, slices, origin)
 
     def read(site: Site, layer: int | None, index: Index) -> np.ndarray:
         return slices[tensor_name(site, layer)][index]
 
-    return Checkpoint(name, config, read, sliced=True, make_tokenizer=lambda: read_tokenizer(folder))
+    return Checkpoint(name, config, read, sliced=slices == stored, make_tokenizer=lambda: read_tokenizer(folder))

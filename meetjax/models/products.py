@@ -6,29 +6,49 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Float
 
+from meetjax.errors import MeetjaxError
+from meetjax.models.quant import is_quantized, plain
 from meetjax.types import Array
 
 
 @jax.custom_vjp
-def dot(x: Float[Array, "... in"], w: Float[Array, "in out"]) -> Float[Array, "... out"]:
-    """x W in x's dtype with float32 accumulation (a bf16 product with a bf16 result is slower than float32 on CPU).
+def dot(x: Float[Array, "... in"], w: Float[Array, "in out"] | Any) -> Float[Array, "... out"]:
+    """x W in x's dtype with float32 accumulation.
 
     The gradient in a frozen W is never written down, so nothing is kept for it; the gradient in a W that trains is float32 until
-    it takes W's dtype.
+    it takes W's dtype. A quantised W is made a matrix of numbers here, at every use, and cannot train.
     """
     return _contract(x, w, 0)
 
 
-def _contract(x: Array, w: Array, axis: int) -> Array:
-    product = jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
-    return product.astype(x.dtype)
+def _contract(x: Array, w: Any, axis: int) -> Array:
+    """On CPU a bf16 product with a bf16 result is slower than float32, so it is float32 and then cast. Elsewhere units accumulate in
+    float32 anyway, and a float32 result would be what devices with parts of the sum exchange: twice the bytes.
+    """
+    matrix = plain(w).astype(x.dtype)
+
+    def product(kind: Any) -> Array:
+        return jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=kind)
+
+    if x.dtype == jnp.float32:
+        return product(jnp.float32)
+    return jax.lax.platform_dependent(cpu=lambda: product(jnp.float32).astype(x.dtype), default=lambda: product(x.dtype))
 
 
 def _forward(x: Any, w: Any) -> tuple[Array, tuple]:
-    return _contract(x.value, w.value, 0), (x.value if w.perturbed else None, w.value)
+    parts = jax.tree.leaves(w, is_leaf=_is_primal)
+    value = jax.tree.map(lambda part: part.value, w, is_leaf=_is_primal)
+    trains = any(part.perturbed for part in parts)
+    if trains and is_quantized(value):
+        raise MeetjaxError("a quantised weight cannot train", fix="train adapters on it, or load the base with quantize none")
+    return _contract(x.value, value, 0), (x.value if trains else None, value)
+
+
+def _is_primal(node: Any) -> bool:
+    return isinstance(node, CustomVJPPrimal)
 
 
 def _backward(kept: tuple, g: Any) -> tuple:

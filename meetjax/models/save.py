@@ -21,6 +21,7 @@ from meetjax.models.config import FAMILIES, LLAMA_BIASES, ModelConfig, to_hf
 from meetjax.models.fingerprint import fingerprint
 from meetjax.models.hf import SINGLE, tensor_name
 from meetjax.models.load import Model
+from meetjax.models.quant import dequantize_params
 from meetjax.models.sites import Site
 from meetjax.models.weights import file_shape, transposed
 from meetjax.types import Params
@@ -33,8 +34,9 @@ OURS = "meetjax"
 def save_model(model: Model, folder: str | Path) -> Path:
     """Writes `model.safetensors` (every leaf in its own dtype), `config.json` and the tokenizer with its chat template.
 
-    A tied head is written once, as the embedding. Biases that the format has only together with others get zeros beside them (see
-    `writable`), so the folder of an edit merged into `down` computes the same with more leaves. One leaf at a time is on the host.
+    A quantised base is written dequantised. A tied head is written once, as the embedding. Biases that the format has only together
+    with others get zeros beside them (see `writable`), so the folder of an edit merged into `down` computes the same with more leaves.
+    One leaf at a time is on the host.
     The folder appears whole or not at all; one that `save_model` wrote before is replaced. Raises MeetjaxError, with nothing
     changed, for another folder or a file in its place, a model that the format cannot say, and leaves that are not finite.
     """
@@ -112,12 +114,13 @@ def _own_files(folder: Path) -> set[str]:
 
 def _with_zero_biases(model: Model, config: ModelConfig) -> Params:
     """The parameters with the biases that `writable` added. Raises MeetjaxError for a tree or dtype that is not the model's."""
-    fingerprint(model.config, model.params)  # for its check of the tree
-    blocks = dict(model.params["blocks"])
+    whole = dequantize_params(model.params)
+    fingerprint(model.config, whole)  # for its check of the tree
+    blocks = dict(whole["blocks"])
     for site in sites.block_sites(config).values():
         if site.name not in blocks:
             blocks[site.name] = np.zeros((config.layers, *sites.shape(config, site)), blocks[site.bias_of].dtype)
-    params = model.params | {"blocks": blocks}
+    params = whole | {"blocks": blocks}
     for path, leaf in _leaves(config, params):
         if str(leaf.dtype) not in STORED:
             raise MeetjaxError(f"params: dtype of {path.name}", expected=" or ".join(STORED), found=leaf.dtype)

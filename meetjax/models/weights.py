@@ -126,10 +126,21 @@ def leaf_shardings(config: ModelConfig, mesh: Mesh | None, shardings: Shardings 
     return given
 
 
-def place(checkpoint: Checkpoint, dtype: str, mesh: Mesh | None = None, shardings: Shardings | None = None) -> Params:
+def _as_placed(path: str, leaf: jax.Array) -> Any:
+    return leaf
+
+
+def place(
+    checkpoint: Checkpoint,
+    dtype: str,
+    mesh: Mesh | None = None,
+    shardings: Shardings | None = None,
+    each: Callable[[str, jax.Array], Any] = _as_placed,
+) -> Params:
     """The parameter tree of `sites.shapes(config)` with every leaf cast to `dtype` and placed; one leaf at a time on the host.
 
-    Raises MeetjaxError for an unknown dtype or shardings that do not fit.
+    each: made of a leaf and its path as soon as it is placed and before the next one is read. Raises MeetjaxError for an unknown dtype
+    or shardings that do not fit.
     """
     if dtype not in DTYPES:
         raise MeetjaxError("argument dtype", expected=" or ".join(DTYPES), found=dtype)
@@ -137,7 +148,8 @@ def place(checkpoint: Checkpoint, dtype: str, mesh: Mesh | None = None, sharding
     shapes = sites.shapes(config)
     params: Params = {"blocks": {}}
     for name, site in sites.top_sites(config).items():
-        params[name] = _place_leaf(checkpoint, site, shapes[name], DTYPES[dtype], where[name])
+        params[name] = each(name, _place_leaf(checkpoint, site, shapes[name], DTYPES[dtype], where[name]))
     for name, site in sites.block_sites(config).items():
-        params["blocks"][name] = _place_leaf(checkpoint, site, shapes["blocks"][name], DTYPES[dtype], where[f"blocks/{name}"])
+        path = f"blocks/{name}"
+        params["blocks"][name] = each(path, _place_leaf(checkpoint, site, shapes["blocks"][name], DTYPES[dtype], where[path]))
     return params

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Bool, Float, Int
 
-from meetjax.models.layers import head_of, logits, logits_transposed, pin
+from meetjax.models.layers import head_of, logits, logits_transposed, split_rows
 from meetjax.types import BATCH_AXES, Array, Params
 
 CHUNK = 256
@@ -28,9 +28,9 @@ def token_logps(
     """
     ways = _ways(hidden.shape[0])
     first = jnp.arange(hidden.shape[0], dtype=jnp.int32) % (hidden.shape[0] // ways) * hidden.shape[1]
-    flat = pin(hidden.reshape(ways, -1, hidden.shape[2]))
+    flat = _thin(hidden.reshape(ways, -1, hidden.shape[2]))
     source, targets, scored = (x.reshape(ways, -1) for x in (source + first[:, None], targets, scored))
-    return _logps(head_of(params), flat, source, targets, scored).reshape(hidden.shape[:2])
+    return _logps(_whole_width(head_of(params)), flat, source, targets, scored).reshape(hidden.shape[:2])
 
 
 def _ways(rows: int) -> int:
@@ -38,6 +38,20 @@ def _ways(rows: int) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.axis_names)
     return ways if rows % ways == 0 else 1
+
+
+def _thin(x: Float[Array, "W N D"]) -> Float[Array, "W N D"]:
+    """Split over the width beside the rows: places are then gathered where they lie, and no device holds all states of its rows."""
+    return split_rows(x, None, "model")
+
+
+def _whole_width(head: Params) -> Params:
+    """The head split over the vocabulary alone, once and not in every chunk."""
+    if "model" not in jax.sharding.get_abstract_mesh().axis_names:
+        return head
+    ((name, weight),) = head.items()
+    spec = jax.sharding.PartitionSpec(*(("model", None) if name == "embed" else (None, "model")))
+    return {name: jax.lax.with_sharding_constraint(weight, spec)}
 
 
 def _pick(x: Float[Array, "W N ..."], places: Int[Array, "W M"]) -> Float[Array, "W M ..."]:
@@ -79,9 +93,9 @@ def _run(head: Params, hidden: Array, source: Array, targets: Array, scored: Arr
     def body(i: Array, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
         scores, slopes = carry
         places = _chunk(order, i)
-        own, pull = _pull(head, _pick(hidden, _pick(source, places)), _pick(targets, places))
+        own, pull = _pull(head, split_rows(_pick(hidden, _pick(source, places))), _pick(targets, places))
         if slopes is not None:
-            slopes = _write(slopes, logits_transposed(head, pull.astype(slopes.dtype)), i)
+            slopes = _write(slopes, _thin(logits_transposed(head, pull.astype(slopes.dtype))), i)
         return _write(scores, own, i), slopes
 
     scores, slopes = jax.lax.fori_loop(0, chunks, body, (jnp.zeros(order.shape, jnp.float32), slopes))
@@ -97,7 +111,7 @@ def _logps(head: Params, hidden: Array, source: Array, targets: Array, scored: A
 def _forward(*arguments: Any) -> tuple[Array, tuple]:
     leaves = jax.tree.leaves(arguments[0], is_leaf=_is_primal)
     head, hidden, source, targets, scored = jax.tree.map(lambda leaf: leaf.value, arguments, is_leaf=_is_primal)
-    room = jnp.zeros((hidden.shape[0], scored.shape[1] + -scored.shape[1] % CHUNK, hidden.shape[2]), hidden.dtype)
+    room = _thin(jnp.zeros((hidden.shape[0], scored.shape[1] + -scored.shape[1] % CHUNK, hidden.shape[2]), hidden.dtype))
     scores, slopes = _run(head, hidden, source, targets, scored, room)
     trains = any(leaf.perturbed for leaf in leaves)
     return scores, (slopes, source, scored, (head, hidden, targets) if trains else None)
@@ -115,7 +129,7 @@ def _backward(kept: tuple, cotangent: Any) -> tuple:
     counts = jnp.sum(scored, axis=1, keepdims=True)
     pulls = jnp.where(jnp.arange(order.shape[1])[None] < counts, _pick(cotangent, order), 0.0)  # the queue's filling pulls nothing
     moved = pulls[:, :, None].astype(slopes.dtype) * slopes
-    blank = jnp.zeros((source.shape[0], source.shape[1], slopes.shape[2]), slopes.dtype)
+    blank = _thin(jnp.zeros((source.shape[0], source.shape[1], slopes.shape[2]), slopes.dtype))
     hidden_gradient = jax.vmap(lambda x, places, parts: x.at[places].add(parts))(blank, _pick(source, order), moved)
     if training is None:
         return None, hidden_gradient, None, None, None
@@ -123,7 +137,7 @@ def _backward(kept: tuple, cotangent: Any) -> tuple:
 
     def body(i: Array, gradient: Array) -> Array:
         places = _chunk(order, i)
-        states = _pick(hidden, _pick(source, places))
+        states = split_rows(_pick(hidden, _pick(source, places)))
         pull = _pull(head, states, _pick(targets, places))[1] * _chunk(pulls, i)[:, :, None]
         sides = (states, pull) if "head" in head else (pull, states)
         return gradient + jnp.einsum("wcx,wcy->xy", *(side.astype(hidden.dtype) for side in sides), preferred_element_type=jnp.float32)

@@ -21,6 +21,7 @@ from meetjax.adapters.tree import Bank, count_parameters
 from meetjax.data.loader import Buckets, Plan, loader, pad_batch
 from meetjax.data.tokenize import Rows
 from meetjax.errors import MeetjaxError
+from meetjax.models.attention import choose_attention
 from meetjax.models.config import ModelConfig
 from meetjax.train import hosts
 from meetjax.train.checkpoint import Checkpoints
@@ -28,7 +29,7 @@ from meetjax.train.memory import choose_remat, compile_step
 from meetjax.train.metrics import MetricsLog
 from meetjax.train.optim import make_optimizer
 from meetjax.train.reference import Reference
-from meetjax.train.sharding import put_batch, replicated
+from meetjax.train.sharding import check_batch, put_batch, state_shardings
 from meetjax.train.stage import Stage, Train
 from meetjax.train.step import Parts, init_state, join, make_step, partition
 from meetjax.types import Batch, Params
@@ -56,26 +57,31 @@ def fit(
     reference: Reference | None = None,
     teacher: Bank | None = None,
     remat: str = "auto",
+    attention: str = "auto",
     title: str = "train",
     console: Console | None = None,
 ) -> tuple[Params, Bank]:
     """Trains what `stage` names on `rows` and returns (params, bank); everything lands under `folder`.
 
     Continues from the newest checkpoint there, bit for bit. A batch is `train.batch_size` prompts. identity: what a checkpoint
-    must agree with to be resumed; teacher: the frozen bank of an objective that asks one; remat: as in `choose_remat`. Raises
-    MeetjaxError when the loss is not finite (naming the last good checkpoint), when nothing trains, when a checkpoint is of another
-    run; Interrupted after SIGTERM, which one of several hosts passes on to all.
+    must agree with to be resumed; teacher: the frozen bank of an objective that asks one; remat: as in `choose_remat`; attention: as in
+    `choose_attention` (references, which are scored once, are xla's). Raises MeetjaxError when the loss is not finite (naming the last
+    good checkpoint), when nothing trains, when a checkpoint is of another run; Interrupted after SIGTERM, which
+    one of several hosts passes on to all.
     """
     base = "base" in stage.trains
     named = tuple(KIND_OF[type(spec)] for spec in stage.trains if spec != "base")
     trainable, frozen = partition(params, bank, kinds=named, base=base)
     frozen = dataclasses.replace(frozen, teacher=teacher)
     # The step reuses the buffers of its state: what trains is a copy, and what is passed in stays valid.
-    trainable = jax.tree.map(jnp.copy, trainable if base else jax.device_put(trainable, replicated(mesh)))
+    trainable = jax.tree.map(jnp.copy, jax.device_put(trainable, state_shardings(config, trainable, mesh)))
     tx = make_optimizer(stage.optim, train.steps)
+    check_batch(train.batch_size, mesh, train.microbatches)
+    soft = 0 if bank.prompt is None else math.prod(bank.prompt.vectors.shape[:2])
+    attention, attended = choose_attention(config, attention, mesh.devices.flat[0].platform, buckets[-1] + soft)
 
     def make(policy: str):
-        return make_step(dataclasses.replace(config, remat=policy), stage, tx, train.microbatches)
+        return make_step(dataclasses.replace(config, remat=policy, attention=attention), stage, tx, train.microbatches)
 
     if stage.objective.needs_reference and reference is None:
         reference = Reference(config, params)
@@ -91,7 +97,8 @@ def fit(
         jax.set_mesh(mesh),
     ):
         # Donated: the state takes the copy over, and no second one stays behind.
-        state = jax.jit(init_state, static_argnums=1, donate_argnums=0)(trainable, tx)
+        places = state_shardings(config, jax.eval_shape(init_state, trainable, tx), mesh)
+        state = jax.jit(init_state, static_argnums=1, donate_argnums=0, out_shardings=places)(trainable, tx)
         if (found := checkpoints.restore(state, console.print)) is not None:
             state, position = found
             batches.set_state(position)
@@ -102,7 +109,7 @@ def fit(
             log.console.print(f"{title}: {count_parameters(trainable):,} parameters train, steps {begin} to {train.steps}")
             largest = put_batch(_largest(rows, train.batch_size, buckets, stage, share), mesh)
             step, why = choose_remat(remat, make, (state, frozen, largest), mesh.local_devices[0])
-            log.console.print(f"{title}: {why}")
+            log.console.print(f"{title}: {attended}; {why}")
             seen, pending = {buckets[-1]}, None
             for number in range(begin + 1, train.steps + 1):
                 batch, chosen = next(batches)

@@ -37,14 +37,15 @@ class Reference:
 
         adapters: a bank that belongs to the reference, under the batch's gates; its scores are kept in memory only.
 
-        A key names all that a score depends on (base, token ids, places of the answers, shapes, dtype, mesh, backend, JAX and the
+        A key names all that a score depends on (base, dtypes, token ids, places of the answers, shapes, mesh, backend, JAX and the
         code of the forward pass), so that no entry can be stale. Several hosts keep scores in memory only: a file that one of them
         has and another lacks would leave the others waiting in the forward pass. Raises MeetjaxError when the file cannot be used.
         """
         self._model = config, params, adapters
         self._known: dict[str, Float[np.ndarray, "B C"]] = {}
         self._tables: dict[int, tuple[Rows, str]] = {}
-        self._base = [fingerprint, repr(config), jax.default_backend(), jax.__version__, _code()]
+        held = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})  # integers too, where the base is quantised
+        self._base = [fingerprint, repr(config), str(held), jax.default_backend(), jax.__version__, _code()]
         self._store = None if file is None or adapters is not None or jax.process_count() > 1 else _Store(file)
 
     def logps(self, batch: Batch, rows: Rows, chosen: np.ndarray, mesh: jax.sharding.Mesh | None = None) -> Float[np.ndarray, "B C"]:

@@ -12,9 +12,11 @@ from meetjax.adapters.bank import KIND_OF, Spec
 from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.tree import MERGEABLE
 from meetjax.errors import MeetjaxError
+from meetjax.models.quant import Quantize
 from meetjax.objectives.bounds import bounds_of
 from meetjax.objectives.preference import Dpo
 from meetjax.objectives.table import OBJECTIVES
+from meetjax.train.sharding import Preset
 from meetjax.types import Array
 
 
@@ -118,14 +120,17 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """steps and batch_size (prompts a step, all devices together) hold for each stage; mesh is (data, fsdp, model)."""
+    """steps and batch_size (prompts a step, all devices together) hold for each stage.
+
+    mesh: (data, fsdp, model), or the name of a preset for all devices (`sharding.preset`).
+    """
 
     steps: int = 200
     batch_size: int = 8
     microbatches: int = 1
     save_every: int = 50
     seed: int = 0
-    mesh: tuple[int, int, int] = (1, 1, 1)
+    mesh: tuple[int, int, int] | Preset = (1, 1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +143,12 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything a run needs; stored resolved beside every checkpoint and adapter."""
+    """Everything a run needs; stored resolved beside every checkpoint and adapter.
+
+    dtype: of weights and activations; quantize: how the linear weights of the base are held while it is frozen (`models.quant`); what
+    absorbs adapters is whole again; remat: as in `memory.choose_remat`; attention: as in `attention.choose_attention`; residual:
+    whether a mesh with `model` > 1 splits the residual stream by tokens, too, or by rows alone.
+    """
 
     name: str
     model: str = "smollm2-135m-instruct"
@@ -147,7 +157,10 @@ class Recipe:
     stages: tuple[Stage, ...] = (Stage(),)
     out: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Quantize = "none"
     remat: Literal["auto", "none", "dots", "full"] = "auto"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    residual: Literal["sequence", "batch"] = "sequence"
     evaluation: Evaluation = Evaluation()
 
 
@@ -179,6 +192,9 @@ def check_recipe(recipe: Recipe) -> None:
         if not stage.trains:
             expected = "base or some of " + ", ".join(KIND_OF.values())
             raise MeetjaxError(f"recipe: stages.{i}.trains: zero trainable leaves", expected=expected, found="()")
+        if "base" in stage.trains and recipe.quantize != "none":
+            expected = "quantize=none, for integers do not train"
+            raise MeetjaxError(f"recipe: stages.{i}.trains: base", expected=expected, found=recipe.quantize)
         name, rewarded = type(stage.objective).__name__, getattr(stage.objective, "reads_rewards", False)
         if stage.absorb and (whole := [kind for kind in held if kind not in MERGEABLE]):
             expected = f"{' or '.join(MERGEABLE)} alone trained before, to be merged"
@@ -251,6 +267,7 @@ def _replaced(node: Any, hint: Any, path: list[str], text: str, whole: str) -> A
         return value
     head, rest = path[0], path[1:]
     if isinstance(node, tuple):
+        hint = _tuple_option(hint)
         if not head.isdigit() or int(head) >= len(node):
             raise MeetjaxError(f"--set {whole}: index {head}", expected=f"0 to {len(node) - 1}", found=head)
         own = _item_hints(hint, len(node))[int(head)]
@@ -297,6 +314,8 @@ def _parsed(hint: Any, text: str) -> Any:
 
 def _check_type(value: Any, hint: Any, where: str) -> None:
     """Raises MeetjaxError naming the innermost field whose value is not of its annotated type (an int passes for a float)."""
+    if isinstance(value, tuple):
+        hint = _tuple_option(hint)
     hints = _item_hints(hint, len(value)) if get_origin(hint) is tuple and isinstance(value, tuple) else ()
     if hints and len(hints) == len(value):
         for i, item in enumerate(value):
@@ -338,6 +357,12 @@ def _told(hint: Any) -> str:
 def _field_hints(kind: type) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _tuple_option(hint: Any) -> Any:
+    """Of a choice of types the tuple, if there is one."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
+    return next((option for option in options if get_origin(option) is tuple), hint)
 
 
 def _item_hints(hint: Any, count: int) -> tuple[Any, ...]:

@@ -18,9 +18,11 @@ from meetjax.adapters.tree import KINDS, Bank
 from meetjax.errors import MeetjaxError
 from meetjax.models.config import ModelConfig
 from meetjax.models.decoder import block_states
+from meetjax.models.quant import is_quantized
 from meetjax.objectives.logps import answer_logps, answer_token_logps
 from meetjax.objectives.reward import answer_rewards
 from meetjax.train.optim import learning_rate
+from meetjax.train.sharding import keep_placed
 from meetjax.train.stage import Stage
 from meetjax.types import Array, Batch, Params
 
@@ -51,8 +53,12 @@ class State:
 def partition(params: Params, adapters: Bank | None, *, kinds: tuple[str, ...], base: bool) -> tuple[Parts, Parts]:
     """(trainable, frozen): the named adapter kinds, and the base when `base`, against all the rest.
 
-    Raises MeetjaxError when nothing would train.
+    Raises MeetjaxError when nothing would train, and for a quantised base that should.
     """
+    if base and any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+        raise MeetjaxError(
+            "partition: base", expected="whole weights, to train them", found="quantised ones", fix="load it with quantize none"
+        )
     adapters = adapters or Bank()
     chosen = Bank(**{kind: getattr(adapters, kind) for kind in kinds})
     rest = Bank(**{kind: getattr(adapters, kind) for kind in KINDS if kind not in kinds})
@@ -171,6 +177,6 @@ def make_step(config: ModelConfig, stage: Stage, tx: optax.GradientTransformatio
         grads, metrics = gradient(state.trainable, frozen, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": learning_rate(opt_state)}
-        return State(optax.apply_updates(state.trainable, updates), opt_state, state.step + 1), metrics
+        return keep_placed(config, State(optax.apply_updates(state.trainable, updates), opt_state, state.step + 1)), metrics
 
     return jax.jit(step, donate_argnums=0)
