@@ -30,7 +30,7 @@ HEARTBEAT = 100.0
 LEAVE = 10.0
 """Seconds that a host that failed waits for others to have failed alike."""
 _FATAL = re.compile(r"[WEF]\d{4} .*(coordination|client\.h)")
-
+"""Where the runtime begins to tell why it ends the process."""
 _NOTED = re.compile(r"W\d{4} .*preemption_notifier")
 """The runtime has seen a SIGTERM; what comes of it is told when it is done."""
 

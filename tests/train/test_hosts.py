@@ -19,6 +19,7 @@ from meetjax.adapters.identity import IdentitySpec
 from meetjax.adapters.prompt import PromptSpec
 from meetjax.adapters.tree import flatten
 from meetjax.errors import MeetjaxError
+from meetjax.launch import LOST
 from meetjax.train.hosts import share_of
 from meetjax.train.metrics import read_metrics
 from tests.conftest import write_model, write_pairs, write_recipe
@@ -155,24 +156,38 @@ def test_two_processes_train_as_one_does(hosts, undisturbed, tmp_path):
     assert not [line for line in second.out.splitlines() if "Gloo" not in line]
 
 
-@pytest.mark.parametrize("victim", [0, 1], ids=["the first", "the second"])
-def test_a_killed_process_ends_the_other_and_the_pair_goes_on_bit_for_bit(hosts, undisturbed, tmp_path, victim):
+def test_a_killed_process_ends_the_other_and_the_pair_goes_on_bit_for_bit(hosts, undisturbed, tmp_path):
     out = tmp_path / "out"
     pids = hosts.start(out)
     wait_for(lambda: len(read_metrics(out / "stage-0")) > SAVE_EVERY)
-    os.kill(pids[victim], signal.SIGKILL)
+    os.kill(pids[1], signal.SIGKILL)
     killed = time.monotonic()
-    left = hosts.finish(pids[1 - victim])
+    left = hosts.finish(pids[0])
     assert time.monotonic() - killed < 4 * WAIT
-    assert hosts.finish(pids[victim]).status == -signal.SIGKILL
+    assert hosts.finish(pids[1]).status == -signal.SIGKILL
     ((status, (line,)),) = errors([left])
-    assert status == 75
-    assert line.startswith(f"error: host {victim}") and GONE in line
-    if victim == 0:  # its end is another one for the runtime, but what it leaves is the same
-        return
+    assert status == LOST
+    assert line.startswith("error: host 1") and GONE in line
     assert errors(hosts(out)) == [(0, []), (0, [])]
     assert_same_adapters(out, undisturbed[0])
     np.testing.assert_array_equal(losses(out), losses(undisturbed[0]))
+
+
+def test_the_end_of_the_first_process_is_that_of_the_others(hosts, tmp_path):
+    """Also when they are not in a computation, but wait for something else."""
+    script = tmp_path / "sleep.py"
+    script.write_text(
+        "import pathlib, os, time\n\n\ndef get_config():\n    pathlib.Path(f'{os.getpid()}.up').touch()\n    time.sleep(120)\n"
+    )
+    pids = hosts.start(tmp_path / "out", script=script, folders=(tmp_path, tmp_path))
+    wait_for(lambda: len(list(tmp_path.glob("*.up"))) == 2)
+    os.kill(pids[0], signal.SIGKILL)
+    killed = time.monotonic()
+    ((status, (line,)),) = errors([hosts.finish(pids[1])])
+    assert time.monotonic() - killed < 4 * WAIT
+    assert hosts.finish(pids[0]).status == -signal.SIGKILL
+    assert status == LOST
+    assert line.startswith("error: host 0, the coordinator at 127.0.0.1:") and GONE in line
 
 
 def test_sigterm_to_one_saves_on_all_and_another_mesh_goes_on(hosts, undisturbed, tmp_path):
@@ -197,7 +212,7 @@ def test_a_missing_host_is_named(hosts, tmp_path, missing, name):
     begun = time.monotonic()
     ((status, (line,)),) = errors(hosts(tmp_path / "out", which=(1 - missing,)))
     assert time.monotonic() - begun < 5 * WAIT
-    assert status == 75
+    assert status == LOST
     assert line.startswith(f"error: {name}") and f"did not come within {WAIT} s; start the same command on every host" in line
 
 
