@@ -16,7 +16,7 @@ from rich.console import Console
 
 import meetjax.train.fit as fit_module
 from meetjax.adapters.edit import EditSpec
-from meetjax.adapters.io import load_adapters
+from meetjax.adapters.io import load_adapters, read_manifest
 from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.tree import Bank, count_parameters
 from meetjax.align import align
@@ -209,3 +209,12 @@ def test_a_taken_model_folder_is_told_before_training(recipe, tmp_path):
     with pytest.raises(MeetjaxError, match=r"model: would be overwritten; .*found mine\.txt"):
         align(recipe(tmp_path, SFT), console=quiet())
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_quantised_base(recipe, model, tmp_path):
+    """QLoRA on a mesh: the first loss is ln 2 against the quantised reference, and the adapter fits the whole base."""
+    asked = dataclasses.replace(recipe(tmp_path, EDIT, mesh=(2, 1, 2)), quantize="int8")
+    align(asked, console=quiet())
+    assert first_loss(tmp_path, 0) == pytest.approx(math.log(2), abs=1e-5)
+    assert read_manifest(tmp_path / "adapters")["quantize"] == "int8"
+    assert load_adapters(tmp_path / "adapters", model.fingerprint).edit is not None
