@@ -108,6 +108,11 @@ class Engine:
         with self._changed:
             return {name: loaded.info for name, loaded in self._shelf.adapters.items()}
 
+    @property
+    def refusing(self) -> str:
+        """Why new requests are refused; empty while they are not."""
+        return self._refusing
+
     def submit(self, ask: Ask) -> Stream:
         """Queues a request. Raises MeetjaxError for what cannot be answered and QueueFull."""
         check_ask(ask, self._config.vocab, self.capacity)
@@ -242,7 +247,9 @@ class Engine:
             self._refusing, self._stopping = failure, True
             prefilling = [self._prefill.request] if self._prefill else []
             for request in [*self._rows.requests, *prefilling, *self._waiting]:
-                self._end(request, error=failure)
+                self._counts["failed"] += 1
+                request.stream.fail(failure)
+            self._rows.owners = [None] * self.slots
             self._waiting.clear()
             self._flight.clear()
             self._prefill = None
