@@ -126,9 +126,9 @@ def stream_text(
     """
     ids = encode(model, request, template, max_new_tokens)
     width = max(2 * BUCKET, 1 << (len(ids) - 1).bit_length())
-    tokens, pad, rows, gates, dial = _as_batch([request], [ids], adapters, width)
+    tokens, lengths, rows, gates, dial = _as_batch([request], [ids], adapters, width)
     asked = decode.Asked(rows, adapters, gates, dial, jnp.full(1, max_new_tokens, jnp.int32))
-    going = decode.first_token(model.config, params, tokens, pad, asked, max_new_tokens)
+    going = decode.first_token(model.config, params, tokens, lengths, asked, max_new_tokens)
     new: list[int] = []
     told = ""
     while True:
@@ -148,17 +148,17 @@ def _run(
     model: Any, params: Any, requests: Sequence[Request], encoded: Sequence[list[int]], adapters: Bank | None, max_new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     width = -(-max(len(ids) for ids in encoded) // BUCKET) * BUCKET
-    tokens, pad, rows, gates, dial = _as_batch(requests, encoded, adapters, width)
-    out, counts = decode.generate_tokens(model.config, params, tokens, pad, rows, adapters, gates, dial, max_new_tokens=max_new_tokens)
+    tokens, lengths, rows, gates, dial = _as_batch(requests, encoded, adapters, width)
+    out, counts = decode.generate_tokens(model.config, params, tokens, lengths, rows, adapters, gates, dial, max_new_tokens=max_new_tokens)
     return np.asarray(out), np.asarray(counts)
 
 
 def _as_batch(requests: Sequence[Request], encoded: Sequence[list[int]], adapters: Bank | None, width: int) -> tuple[Any, ...]:
-    """(tokens, pad, sampling, gates or None, dial or None) of a batch, left-padded to `width` tokens."""
+    """(tokens, lengths, sampling, gates or None, dial or None) of a batch, right-padded to `width` tokens."""
     tokens = np.zeros((len(encoded), width), np.int32)
-    pad = np.asarray([width - len(ids) for ids in encoded], np.int32)
+    lengths = np.asarray([len(ids) for ids in encoded], np.int32)
     for row, ids in enumerate(encoded):
-        tokens[row, pad[row] :] = ids
+        tokens[row, : len(ids)] = ids
     gates = None
     if any(request.gates is not None for request in requests):
         given = [(1.0,) * (columns(adapters) if adapters else 0) if request.gates is None else request.gates for request in requests]
@@ -177,4 +177,4 @@ def _as_batch(requests: Sequence[Request], encoded: Sequence[list[int]], adapter
         jnp.asarray([s.top_p for s in settings], jnp.float32),
         jnp.asarray([request.seed for request in requests], jnp.int32),
     )
-    return tokens, pad, rows, gates, dial
+    return tokens, lengths, rows, gates, dial
