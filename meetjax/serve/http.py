@@ -83,6 +83,11 @@ def make_app(engine: Any, model: Model, *, key: str | None = None, body: int = B
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
+    @app.api_route("/v1/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
+    async def nowhere(request: Request) -> None:  # the page is mounted behind: it would answer these in its own way
+        known = request.url.path in {getattr(route, "path", None) for route in app.routes}
+        raise Refusal(405 if known else 404, f"{request.method} {request.url.path[:80]}: no such route")
+
     return app
 
 

@@ -1,0 +1,116 @@
+"""The page as a person uses it, in a headless Chromium, and the code that it hands out."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import httpx
+import pytest
+
+gradio = pytest.importorskip("gradio", reason="gradio is not installed")
+from meetjax.serve.page import snippets
+from tests.serve.conftest import serving
+from tests.serve.fake import FakeEngine
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+ARTIFACT = Path("runs/page/page.png")
+
+
+def sweep_up():
+    """Gradio and Playwright leave event loops to the garbage collector; what they leave is no fault of a test that runs then."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tidy():
+    yield
+    sweep_up()
+
+
+@pytest.fixture(scope="module")
+def page_served(model, tidy):
+    with serving(FakeEngine(model, slots=8), model, page=True) as served:
+        sweep_up()
+        yield served
+
+
+@pytest.fixture(scope="module")
+def browser(tidy):
+    """Headless Chromium."""
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    with sync.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+def test_a_slider_changes_the_answer(page_served, browser):
+    """Ask at 0, move the slider, ask the same again: another answer, what the engine says at that strength; and all from this machine."""
+    page, addresses = browser.new_page(viewport={"width": 1400, "height": 1000}), []
+    page.on("request", lambda request: addresses.append(request.url))
+    page.goto(page_served.url)
+    answers = page.locator("#chat .bot .prose, #chat .bot [data-testid=bot]")
+
+    def ask():
+        before = len(page_served.engine.asked)
+        page.locator("#message textarea").fill("a short answer?")
+        page.locator("button#send").click()
+        page.wait_for_function("[...document.querySelectorAll('#curve svg')].length == 2 || document.querySelector('#curve .hint')")
+        page.wait_for_function(f"document.querySelectorAll('#chat [data-testid=bot]').length >= {1 + len(seen)}")
+        page.wait_for_function("document.querySelectorAll('#curve svg circle, #curve svg use').length >= 14")
+        seen.append(answers.last.inner_text().strip())
+        return page_served.engine.asked[before]
+
+    seen: list[str] = []
+    first = ask()
+    page.locator("#adapter-concise input[type=number]").fill("1.5")
+    page.locator("#adapter-concise input[type=number]").press("Enter")
+    page.locator("#adapter-harmless input[type=range]").focus()
+    page.keyboard.press("End")
+    second = ask()
+    page.wait_for_timeout(500)
+    ARTIFACT.parent.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=ARTIFACT, full_page=True)
+    assert (first.adapters, second.adapters) == ({}, {"concise": 1.5, "harmless": 2.0})
+    assert seen == [page_served.engine.text(first).strip(), page_served.engine.text(second).strip()]
+    assert seen[0] != seen[1]
+    page.get_by_text("the same request as code").click()
+    page.wait_for_function("document.querySelector('#curl').innerText.includes('\"concise\": 1.5')")
+    assert '"harmless": 2' in page.locator("#curl").inner_text()
+    local = (page_served.url, "data:", "blob:")
+    assert [address for address in addresses if not address.startswith(local)] == []
+    page.close()
+
+
+def test_snippets_do_what_the_page_did(page_served, model):
+    """Both, run as they are, get the same answer."""
+    openai = pytest.importorskip("openai", reason="the openai client is not installed")
+    assert openai
+    messages = [{"role": "user", "content": 'it\'s "short"\\ $HOME é?'}]
+    body = {"model": "base", "messages": messages, "max_tokens": 40, "temperature": 0, "adapters": {"concise": -0.5}, "logit_dial": 1.2}
+    curl, python = snippets(page_served.url + "/v1", body)
+    expected = httpx.post(page_served.url + "/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(python, {})
+    assert printed.getvalue() == expected + "\n"
+    if shutil.which("curl") is None:
+        pytest.skip("no curl")
+    done = subprocess.run(["bash", "-c", curl.replace("curl ", "curl -s ", 1)], capture_output=True, text=True, check=True)
+    assert f'"content":{__import__("json").dumps(expected, ensure_ascii=False)}' in done.stdout
+
+
+def test_routes_behind_the_page_answer_as_without_it(page_served):
+    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405), ("GET", "/health", 200)):
+        reply = httpx.request(method, page_served.url + path)
+        assert reply.status_code == status
+        assert status == 200 or reply.json()["error"]["message"]
