@@ -109,18 +109,17 @@ def _laws(model: Model, tolerance: float) -> Iterator[tuple[str, float, float]]:
     yield "micro-batches change nothing", _distance(gradients[2](trainable, frozen, referred)[0], whole), tolerance
     yield from _mesh_laws(model, trainable, frozen, referred, gradients[1], whole, tolerance)
 
-    pad = np.asarray([0, 3, 5, 1], np.int32)
-    left = np.stack([np.concatenate([np.zeros(p, np.int32), row[: len(row) - p]]) for p, row in zip(pad, tokens, strict=True)])
-    own = unstack(params)
-    full = partial(jax.jit, static_argnums=0)(hidden_states)(config, params, left, moved, pad=pad)
-    cut = left.shape[1] - 4
-    hidden, cache = jax.jit(prefill, static_argnums=(0, 4))(config, own, left[:, :cut], pad, left.shape[1], moved)
+    pad = np.asarray([0, 3, 5, 1], np.int32)  # every row another length
+    own, ahead = unstack(params), np.arange(4)[None]
+    full = partial(jax.jit, static_argnums=0)(hidden_states)(config, params, tokens, moved)
+    lengths = tokens.shape[1] - 4 - pad
+    hidden, cache = jax.jit(prefill, static_argnums=(0, 4))(config, own, tokens[:, :-4], lengths, tokens.shape[1], moved)
     step, seen = jax.jit(decode_step, static_argnums=0), [hidden]
-    for t in range(cut, left.shape[1]):
-        hidden, cache = step(config, own, left[:, t], cache, moved)
+    for new in np.take_along_axis(tokens, lengths[:, None] + ahead, axis=1).T:
+        hidden, cache = step(config, own, new, cache, moved)
         seen.append(hidden)
-    head = jax.jit(logits)
-    cached, whole_forward = head(params, jnp.stack(seen, 1)), head(params, full[:, cut - 1 :])
+    head, places = jax.jit(logits), np.concatenate([lengths[:, None] - 1, lengths[:, None] + ahead], axis=1)
+    cached, whole_forward = head(params, jnp.stack(seen, 1)), head(params, jnp.take_along_axis(full, places[:, :, None], axis=1))
     yield "cached decoding equals the full forward", _distance(cached, whole_forward), tolerance
 
 

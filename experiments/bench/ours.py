@@ -132,19 +132,19 @@ def matmul(side: int = 2048, repeats: int = 10) -> float:
 def _prompts(prompts: list[int]) -> tuple[np.ndarray, np.ndarray]:
     ids = [answer_ids(ROWS, n, 0)[: ROWS.starts[n, 0]] for n in prompts]
     width = -(-max(map(len, ids)) // BUCKET) * BUCKET
-    return np.stack([np.pad(row, (width - len(row), 0)) for row in ids]), np.asarray([width - len(row) for row in ids], np.int32)
+    return np.stack([np.pad(row, (0, width - len(row))) for row in ids]), np.asarray([len(row) for row in ids], np.int32)
 
 
 def generate(prompts: list[int], new_tokens: int, kind: str = "") -> float:
     """Seconds of greedy decoding of these rows' prompts; kind: with as many adapters of it as rows, one each, at mixed strengths."""
-    tokens, pad = _prompts(prompts)
+    tokens, lengths = _prompts(prompts)
     count = len(prompts)
     still = dataclasses.replace(CONFIG, eos_token_ids=(), remat="none")  # no row stops early
     rows = RowSampling(jnp.zeros(count), jnp.zeros(count, jnp.int32), jnp.ones(count), jnp.zeros(count, jnp.int32))
     specs = {"prompt": PromptSpec(length=20), "edit": EditSpec(), "lora": LoraSpec(rank=16, sites=("q", "v"))}
     bank = init_bank(CONFIG, MODEL.params, (specs[kind],), MODEL.tokenizer, jax.random.key(0), count) if kind else None
     gates = np.diag(np.linspace(0.25, 2.0, count)).astype(np.float32) if kind else None
-    run = partial(generate_tokens, still, PARTED, tokens, pad, rows, bank, gates, max_new_tokens=new_tokens)
+    run = partial(generate_tokens, still, PARTED, tokens, lengths, rows, bank, gates, max_new_tokens=new_tokens)
     if (key := (kind, tokens.shape, new_tokens)) not in WARM:
         WARM.add(key)
         jax.block_until_ready(run())

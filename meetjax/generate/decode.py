@@ -44,7 +44,7 @@ def generate_tokens(
     config: ModelConfig,
     params: Params,
     tokens: Int[Array, "B T"],
-    pad: Int[Array, " B"],
+    lengths: Int[Array, " B"],
     rows: RowSampling,
     adapters: Any = None,
     gates: Float[Array, "B A"] | None = None,
@@ -53,14 +53,15 @@ def generate_tokens(
     *,
     max_new_tokens: int,
 ) -> tuple[Int[Array, "B N"], Int[Array, " B"]]:
-    """(new tokens [B, max_new_tokens], how many of them count, EOS included) for left-padded prompts; params unstacked.
+    """(new tokens [B, max_new_tokens], how many of them count, EOS included) for right-padded prompts of `lengths` tokens; params
+    unstacked.
 
     limit: int32[B], tokens a row may have at most (None: max_new_tokens). The loop is Python's: inside a compiled loop the same
     step took up to 2.5 times longer on CPU, and a server has to look in between anyway.
     """
     most = jnp.full(tokens.shape[0], max_new_tokens, jnp.int32) if limit is None else limit
     asked = _Asked(rows, adapters, gates, dial, most)
-    going = first_token(config, params, tokens, pad, asked, max_new_tokens)
+    going = first_token(config, params, tokens, lengths, asked, max_new_tokens)
     for step in range(1, max_new_tokens):
         if step % LOOK_EVERY == 0 and bool(jnp.all(going.done)):
             break
@@ -69,10 +70,10 @@ def generate_tokens(
 
 
 @partial(jax.jit, static_argnums=(0, 5))
-def first_token(config: ModelConfig, params: Params, tokens: Array, pad: Array, asked: _Asked, max_new_tokens: int) -> _Going:
+def first_token(config: ModelConfig, params: Params, tokens: Array, lengths: Array, asked: _Asked, max_new_tokens: int) -> _Going:
     """Prefill and the first token."""
     batch, width = tokens.shape
-    hidden, cache = prefill(config, params, tokens, pad, width + max_new_tokens, asked.adapters, asked.gates, asked.dial)
+    hidden, cache = prefill(config, params, tokens, lengths, width + max_new_tokens, asked.adapters, asked.gates, asked.dial)
     first = sample(logits(params, hidden), asked.rows, jnp.int32(0))
     out = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(first)
     done = jnp.isin(first, _stop(config)) | (asked.limit <= 1)

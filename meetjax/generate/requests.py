@@ -127,9 +127,9 @@ def _run(
 ) -> tuple[np.ndarray, np.ndarray]:
     width = -(-max(len(ids) for ids in encoded) // BUCKET) * BUCKET
     tokens = np.zeros((len(encoded), width), np.int32)
-    pad = np.asarray([width - len(ids) for ids in encoded], np.int32)
+    lengths = np.asarray([len(ids) for ids in encoded], np.int32)
     for row, ids in enumerate(encoded):
-        tokens[row, pad[row] :] = ids
+        tokens[row, : len(ids)] = ids
     gates = None
     if any(request.gates is not None for request in requests):
         given = [(1.0,) * (columns(adapters) if adapters else 0) if request.gates is None else request.gates for request in requests]
@@ -148,5 +148,5 @@ def _run(
         jnp.asarray([s.top_p for s in settings], jnp.float32),
         jnp.asarray([request.seed for request in requests], jnp.int32),
     )
-    out, counts = generate_tokens(model.config, params, tokens, pad, rows, adapters, gates, dial, max_new_tokens=max_new_tokens)
+    out, counts = generate_tokens(model.config, params, tokens, lengths, rows, adapters, gates, dial, max_new_tokens=max_new_tokens)
     return np.asarray(out), np.asarray(counts)

@@ -62,12 +62,13 @@ def _cut(scaled: Float[Array, "B V"], rows: RowSampling) -> Float[Array, "B V"]:
     return jnp.put_along_axis(jnp.zeros_like(scaled), order, kept, axis=-1, inplace=False)
 
 
-def sample(logits: Float[Array, "B V"], rows: RowSampling, step: Int[Array, ""]) -> Int[Array, " B"]:
-    """Next token of each row. A row's draw depends on its own seed and the step alone, not on its company."""
+def sample(logits: Float[Array, "B V"], rows: RowSampling, step: Int[Array, ""] | Int[Array, " B"]) -> Int[Array, " B"]:
+    """Next token of each row; step: tokens so far, of all or of each. A row's draw depends on its own seed and step alone."""
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> Array:
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(rows.seed)
+        steps = jnp.broadcast_to(step, rows.seed.shape)
+        keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(rows.seed, steps)
         drawn = jax.vmap(jax.random.categorical)(keys, filtered(logits, rows)).astype(jnp.int32)
         return jnp.where(rows.temperature > 0, drawn, greedy)
 

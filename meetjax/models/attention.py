@@ -32,16 +32,32 @@ class Layout:
     """What attention in every layer needs.
 
     angles: rotary (cos, sin) of the queries; bias: float32[B, 1, T, S] or None for plain causal; window_bias: the same for
-    layers with a sliding window (None: no such layers, or the window covers everything); slot: int32[], where the keys of
-    this call go in the cache, or None when the queries attend to their own keys; then no query sees a key behind it in the array,
-    but the first `lead` (static; the soft prompts) may see as far as the first text token.
+    layers with a sliding window (None: no such layers, or the window covers everything); slot: int32[B], from which cell of each
+    row's cache the keys of this call go, or None when the queries attend to their own keys; then no query sees a key behind it in
+    the array, but the first `lead` (static; the soft prompts) may see as far as the first text token.
     """
 
     angles: tuple[Array, Array]
     bias: Float[Array, "B 1 T S"] | None
     window_bias: Float[Array, "B 1 T S"] | None
-    slot: Int[Array, ""] | None = None
+    slot: Int[Array, " B"] | None = None
     lead: int = dataclasses.field(default=0, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """The cells of a cache, [soft prompts | text | free], as what comes next in each row sees them.
+
+    filled: int32[B], soft prompts included; position: int32[B], of the next token; bias: float32[B, S], added to the scores of a
+    cell (log gate of a soft prompt, MASKED where it is off, 0 for text); places: int32[B, S], positions of the cells, None where no layer
+    has a sliding window.
+    """
+
+    filled: Int[Array, " B"]
+    position: Int[Array, " B"]
+    bias: Float[Array, "B S"]
+    places: Int[Array, "B S"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -157,17 +173,29 @@ def make_layout(config: ModelConfig, rows: Rows, prompt: Any = None, gates: Floa
     return _layout(config, bias, positions, positions, lead=places.shape[1])
 
 
-def make_step_layout(
-    config: ModelConfig, rows: Rows, slot: Int[Array, ""], prompt: Any = None, gates: Float[Array, "B E"] | None = None
-) -> Layout:
-    """Layout of one new text token a row against a cache of [soft prompts | text slots]; `rows.keys` indexes all text slots."""
-    bias = _text_to_text(rows)
+def make_cells(
+    config: ModelConfig, rows: Rows, lengths: Int[Array, " B"], capacity: int, prompt: Any = None, gates: Float[Array, "B E"] | None = None
+) -> Cells:
+    """Cells of a cache that holds right-padded texts of `lengths` tokens, with room for `capacity`, behind the bank's soft prompts."""
+    index = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (lengths.shape[0], capacity))
+    windowed = config.sliding_window is not None
     if prompt is None:
-        return _layout(config, bias, rows.index, rows.keys, slot)
+        return Cells(lengths, lengths, jnp.zeros(index.shape), index if windowed else None)
     columns, places, shift = _prompt_columns(prompt, gates, rows)
-    bias = jnp.concatenate([_text_to_prompt(columns, rows), bias], axis=2)
-    keys = jnp.concatenate([places, _moved(rows.keys, rows.bos, shift)], axis=1)
-    return _layout(config, bias, _moved(rows.index, rows.bos, shift), keys, slot + places.shape[1])
+    bias = jnp.concatenate([columns, jnp.zeros(index.shape)], axis=1)
+    position = _moved(lengths[:, None], rows.bos, shift)[:, 0]
+    keys = jnp.concatenate([places, _moved(index, rows.bos, shift)], axis=1) if windowed else None
+    return Cells(lengths + places.shape[1], position, bias, keys)
+
+
+def make_step_layout(config: ModelConfig, cells: Cells, length: int) -> Layout:
+    """Layout of `length` more text tokens a row, behind the filled cells of its cache."""
+    ahead = jnp.arange(length, dtype=jnp.int32)[None]
+    query = cells.position[:, None] + ahead
+    cell = jnp.arange(cells.bias.shape[1], dtype=jnp.int32)[None, None]
+    seen = cell <= (cells.filled[:, None] + ahead)[:, :, None]
+    bias = jnp.where(seen, cells.bias[:, None], MASKED)
+    return _layout(config, bias, query, query if cells.places is None else cells.places, cells.filled)
 
 
 def attention(
@@ -256,8 +284,9 @@ def _pooled(x: Float[Array, "B K G T S"], y: Float[Array, "B K G T H"]) -> Float
 def make_attend(layout: Layout, windowed: bool | Array = True, cache: tuple[Array, Array] | None = None):
     """The `attend` of `layers.block` for one layer; it returns (output, (keys, values)).
 
-    windowed: whether this layer uses the sliding window; a traced bool inside a scan. cache: (keys, values) [B, K, S, H]: the
-    new keys are written at `layout.slot` and the queries attend to all of it. Without it they attend to their own keys.
+    windowed: whether this layer uses the sliding window; a traced bool inside a scan. cache: (keys, values) [B, K, S, H]: each row's
+    new keys are written from its cell of `layout.slot` on and the queries attend to all of it. Without it they attend to their own
+    keys. Writing at a cell of its own for every row costs what writing at one cell for all did (measured on CPU, 8 and 32 rows).
     """
     bias = layout.bias
     if layout.window_bias is not None and bias is not None:
@@ -268,7 +297,8 @@ def make_attend(layout: Layout, windowed: bool | Array = True, cache: tuple[Arra
         k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
         slot = layout.slot
         if cache is not None and slot is not None:
-            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=2) for old, new in zip(cache, (k, v), strict=True))
+            write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=1))
+            k, v = write(cache[0], k, slot), write(cache[1], v, slot)
         return attention(q, k, v, bias, layout.lead if cache is None else None), (k, v)
 
     return attend

@@ -1,6 +1,6 @@
 """The decoder: one definition for training (blocks stacked and scanned) and for decoding (blocks apart, each with its cache).
 
-The rest of the library sees `init_params`, `unstack`, `apply`, `hidden_states`, `block_states`, `prefill` and `decode_step`.
+The rest of the library sees `init_params`, `unstack`, `apply`, `hidden_states`, `block_states`, `prefill`, `extend` and `decode_step`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 
 from meetjax.errors import MeetjaxError
 from meetjax.models import layers, sites
-from meetjax.models.attention import Rows, make_attend, make_layout, make_step_layout, text_rows
+from meetjax.models.attention import Cells, Rows, make_attend, make_cells, make_layout, make_step_layout, text_rows
 from meetjax.models.bits import KEPT_ONLY, held, to_bits
 from meetjax.models.config import ModelConfig
-from meetjax.models.streams import block_gates, fan_out, kind_gates, make_streams, mix, repeat
+from meetjax.models.streams import Streams, block_gates, fan_out, kind_gates, make_streams, mix, repeat
 from meetjax.types import Array, Params
 
 REMAT_POLICIES = {"dots": KEPT_ONLY, "full": None}
@@ -127,16 +127,18 @@ def unstack(params: Params) -> Params:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values [B*S, K, P + capacity, H] of every layer and, per identity block, [B, K, P + capacity, H].
+    """Keys and values [B*S, K, P + capacity, H] of every layer and, per identity block, [B, K, P + capacity, H]; cells: of the B*S rows.
 
-    slot: int32[], text slots filled; pad: int32[B], left padding; bos: int32[B], whether the text begins with BOS.
+    Every row fills its own cells from the first on, whatever the others do, so rows may come and go.
     """
 
     blocks: list[tuple[Array, Array]]
     identity: dict[str, tuple[Array, Array]]
-    slot: Int[Array, ""]
-    pad: Int[Array, " B"]
-    bos: Int[Array, " B"]
+    cells: Cells
+
+
+def _streams(bank: Any, gates: Array | None, dial: Array | None, enters: Array | None, rows: int) -> Streams:
+    return make_streams(bank, gates, dial, rows) if enters is None else Streams(gates, None, (None,), enters)
 
 
 def _forward(
@@ -150,21 +152,23 @@ def _forward(
     cache: Cache | None = None,
     keep: bool = False,
     taps: tuple[int, ...] = (),
+    enters: Array | None = None,
 ) -> tuple[Array, list, dict[str, tuple[Array, Array]], list]:
     """Normed hidden states of the text [B, T, D], streams mixed; (with keep) all keys and values; what was tapped."""
-    streams = make_streams(bank, gates, dial, tokens.shape[0])
+    streams = _streams(bank, gates, dial, enters, tokens.shape[0])
     if taps and len(streams.blocks) > 1:
         raise MeetjaxError("taps", expected="no logit dial, which mixes behind the last block only", found=f"{len(streams.blocks)} streams")
     identity_kept: dict[str, tuple[Array, Array]] = {}
     prompt = getattr(bank, "prompt", None)
     prompt_length = 0 if prompt is None or cache is not None else prompt.vectors.shape[0] * prompt.vectors.shape[1]
 
-    def shared(of_rows: Rows, of_gates: Array | None):
-        prompt_gates = kind_gates(bank, "prompt", of_gates)
+    def shared(every: int, of_gates: Array | None):
+        """What all blocks share, for all streams (every 1) or for the first of each row."""
         if cache is None:
-            layout = make_layout(config, of_rows, prompt, prompt_gates)
+            of_rows = rows if every > 1 else jax.tree.map(lambda leaf: repeat(leaf, streams), rows)
+            layout = make_layout(config, of_rows, prompt, kind_gates(bank, "prompt", of_gates))
         else:
-            layout = make_step_layout(config, of_rows, cache.slot, prompt, prompt_gates)
+            layout = make_step_layout(config, jax.tree.map(lambda leaf: leaf[::every], cache.cells), tokens.shape[1])
         return layout, block_gates(bank, of_gates)
 
     def enter(h: Array):
@@ -173,7 +177,7 @@ def _forward(
             h = layers.pin(jnp.concatenate([jnp.broadcast_to(vectors, (h.shape[0], *vectors.shape[1:])), h], axis=1))
         entered: dict[int | None, Array] = {None: h}
         if bank is not None and bank.identity is not None:
-            layout, _ = shared(rows, gates)
+            layout, _ = shared(len(streams.blocks), gates)
             windowed = _windowed(config, 0)  # a copy of block 0 sees as far as block 0
             for entry in range(len(bank.identity.entries)):
                 x = h
@@ -185,8 +189,7 @@ def _forward(
                     if keep:
                         identity_kept[name] = pair
                 entered[entry] = layers.pin(x)
-        stream_rows = jax.tree.map(lambda leaf: repeat(leaf, streams), rows)
-        return layers.pin(fan_out(entered, streams)), shared(stream_rows, streams.gates)
+        return layers.pin(fan_out(entered, streams)), shared(1, streams.gates)
 
     decoder = Decoder(config, stacked="blocks" in params, keep=keep, taps=taps)
     caches = None if cache is None else cache.blocks
@@ -257,18 +260,55 @@ def prefill(
     config: ModelConfig,
     params: Params,
     tokens: Int[Array, "B T"],
-    pad: Int[Array, " B"],
+    lengths: Int[Array, " B"],
     capacity: int,
     adapters: Any = None,
     gates: Array | None = None,
     dial: Array | None = None,
+    enters: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B D"], Cache]:
-    """Runs left-padded prompts (unstacked params): the last hidden state and a cache with room for `capacity` text tokens."""
-    rows = text_rows(config, tokens, pad)
-    h, blocks, identity, _ = _forward(config, params, tokens, rows, adapters, gates, dial, keep=True)
+    """Runs right-padded prompts of `lengths` tokens (unstacked params), soft prompts in front: the hidden state of each row's last
+    token and a cache with room for `capacity` text tokens. enters: as in `extend`.
+    """
+    rows = text_rows(config, tokens)
+    h, blocks, identity, _ = _forward(config, params, tokens, rows, adapters, gates, dial, keep=True, enters=enters)
     room = capacity - tokens.shape[1]
     blocks, identity = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))), (blocks, identity))
-    return h[:, -1], Cache(blocks, identity, jnp.int32(tokens.shape[1]), pad, rows.bos)
+    streams, prompt = _streams(adapters, gates, dial, enters, tokens.shape[0]), getattr(adapters, "prompt", None)
+    own = jax.tree.map(lambda leaf: repeat(leaf, streams), (rows, lengths))
+    return _last(h, lengths), Cache(
+        blocks, identity, make_cells(config, *own, capacity, prompt, kind_gates(adapters, "prompt", streams.gates))
+    )
+
+
+def extend(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    cache: Cache,
+    adapters: Any = None,
+    gates: Array | None = None,
+    dial: Array | None = None,
+    *,
+    lengths: Int[Array, " B"] | None = None,
+    enters: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B D"], Cache]:
+    """Runs T more tokens a row against the cache, each row from its own cell on: the last hidden state and the cache with them.
+
+    lengths: how many of a row's T count (None: all); the cells of the rest are filled anew by what comes next. T more cells have
+    to be free. enters: each row is one stream through this identity block, -1 for none, whatever its gate (None: gates and dial
+    make the streams).
+    """
+    count = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32) if lengths is None else lengths
+    rows = text_rows(config, tokens)
+    h, blocks, identity, _ = _forward(config, params, tokens, rows, adapters, gates, dial, cache, keep=True, enters=enters)
+    own = repeat(count, _streams(adapters, gates, dial, enters, tokens.shape[0]))
+    cells = dataclasses.replace(cache.cells, filled=cache.cells.filled + own, position=cache.cells.position + own)
+    return _last(h, count), Cache(blocks, identity, cells)
+
+
+def _last(h: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B D"]:
+    return h[:, 0] if h.shape[1] == 1 else jnp.take_along_axis(h, lengths[:, None, None] - 1, axis=1)[:, 0]
 
 
 def decode_step(
@@ -280,11 +320,5 @@ def decode_step(
     gates: Array | None = None,
     dial: Array | None = None,
 ) -> tuple[Float[Array, "B D"], Cache]:
-    """Runs one more token a row against the cache: its hidden state and the cache with it."""
-    prompt = getattr(adapters, "prompt", None)
-    prompt_length = 0 if prompt is None else prompt.vectors.shape[0] * prompt.vectors.shape[1]
-    capacity = cache.blocks[0][0].shape[2] - prompt_length
-    keys = jnp.arange(capacity, dtype=jnp.int32)[None] - cache.pad[:, None]
-    rows = Rows((cache.slot - cache.pad)[:, None], keys, cache.bos)
-    h, blocks, identity, _ = _forward(config, params, tokens[:, None], rows, adapters, gates, dial, cache, keep=True)
-    return h[:, 0], dataclasses.replace(cache, blocks=blocks, identity=identity, slot=cache.slot + 1)
+    """`extend` by one token a row."""
+    return extend(config, params, tokens[:, None], cache, adapters, gates, dial)

@@ -12,7 +12,7 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from meetjax.models.layers import Gates
 from meetjax.types import Array
@@ -21,12 +21,14 @@ from meetjax.types import Array
 @dataclasses.dataclass(frozen=True)
 class Streams:
     """gates: float32[B*S, A] or None (1 everywhere), rows laid out [B, S] so that a batch split over devices stays so;
-    weights: float32[B, S] or None for one stream; blocks: per stream, which identity block it enters through, or None.
+    weights: float32[B, S] or None for one stream; blocks: per stream, which identity block it enters through, or None; enters:
+    int32[B], the same for each row of a single stream, -1 for none.
     """
 
     gates: Float[Array, "BS A"] | None
     weights: Float[Array, "B S"] | None
     blocks: tuple[int | None, ...]
+    enters: Int[Array, " B"] | None = None
 
 
 def make_streams(bank: Any, gates: Float[Array, "B A"] | None, dial: Float[Array, " B"] | None, rows: int) -> Streams:
@@ -61,10 +63,19 @@ def repeat(x: Float[Array, "B ..."], streams: Streams) -> Float[Array, "BS ..."]
 
 def fan_out(entered: dict[int | None, Float[Array, "B ..."]], streams: Streams) -> Float[Array, "BS ..."]:
     """Picks for each stream the rows that entered the way it wants."""
+    if streams.enters is not None:
+        return _picked(entered, streams.enters)
     if len(streams.blocks) == 1:
         return entered[streams.blocks[0]]
     stacked = jnp.stack([entered[block] for block in streams.blocks], axis=1)
     return stacked.reshape(-1, *stacked.shape[2:])
+
+
+def _picked(entered: dict[int | None, Float[Array, "B ..."]], enters: Int[Array, " B"]) -> Float[Array, "B ..."]:
+    h = entered[None]
+    for block in [block for block in entered if block is not None]:
+        h = jnp.where(jnp.expand_dims(enters == block, tuple(range(1, h.ndim))), entered[block], h)
+    return h
 
 
 def mix(h: Float[Array, "BS T D"], streams: Streams) -> Float[Array, "B T D"]:

@@ -31,8 +31,8 @@ naive_logits = jax.jit(apply, static_argnums=0, compiler_options=QUICK)
 
 def padded(prompts, filler=0):
     width = max(len(prompt) for prompt in prompts)
-    pad = np.array([width - len(prompt) for prompt in prompts], np.int32)
-    return np.array([[filler] * (width - len(prompt)) + prompt for prompt in prompts], np.int32), pad
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    return np.array([prompt + [filler] * (width - len(prompt)) for prompt in prompts], np.int32), lengths
 
 
 def greedy(count):
@@ -40,7 +40,7 @@ def greedy(count):
 
 
 def naive(bank, gates, dial):
-    """Greedy continuations by whole right-padded forward passes: no cache, no left padding."""
+    """Greedy continuations by whole right-padded forward passes: no cache."""
     texts = [list(prompt) for prompt in PROMPTS]
     width = max(len(prompt) for prompt in PROMPTS) + NEW
     margin = np.inf
@@ -66,7 +66,7 @@ def everything():
 
 @pytest.mark.parametrize("kind", [None, *MOVING, "all"])
 def test_greedy_equals_naive_loop(kind):
-    """Behind left padding, per row: every kind alone at gates of its own, and all of them with a dial a row."""
+    """Rows of unequal length: every kind alone at gates of its own, and all of them with a dial a row."""
     if kind is None:
         bank, gates, dial = None, None, None
     elif kind == "all":
@@ -75,12 +75,12 @@ def test_greedy_equals_naive_loop(kind):
         bank = random_bank(CONFIG, (kind,), entries=(0,))
         gates, dial = np.linspace(0, 1.3, len(PROMPTS), dtype=np.float32)[:, None], None
     expected = naive(bank, gates, dial)
-    tokens, pad = padded(PROMPTS)
-    found, count = generate(CONFIG, FLAT, tokens, pad, greedy(len(PROMPTS)), bank, gates, dial, max_new_tokens=NEW)
+    tokens, lengths = padded(PROMPTS)
+    found, count = generate(CONFIG, FLAT, tokens, lengths, greedy(len(PROMPTS)), bank, gates, dial, max_new_tokens=NEW)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(count, NEW)
     if kind is not None:
-        plain, _ = generate(CONFIG, FLAT, tokens, pad, greedy(len(PROMPTS)), max_new_tokens=NEW)
+        plain, _ = generate(CONFIG, FLAT, tokens, lengths, greedy(len(PROMPTS)), max_new_tokens=NEW)
         np.testing.assert_array_equal(found[0], plain[0])  # the row whose gates are 0
         assert (np.asarray(found)[1:] != np.asarray(plain)[1:]).any()
 
@@ -90,7 +90,7 @@ def run():
     """Generates for rows of `everything`: (tokens, counts)."""
     bank, gates = everything()
     calls = partial(generate_tokens, STOPPING, max_new_tokens=NEW)
-    tokens, pad = padded(PROMPTS)
+    tokens, lengths = padded(PROMPTS)
 
     def of(order=(0, 1, 2, 3, 4), *, temperature=0.0, seeds=100, limit=NEW, strength=1.0, dial=DIAL, filler=0):
         order = np.array(order)
@@ -98,9 +98,9 @@ def run():
             jnp.full(len(order), temperature, jnp.float32), jnp.zeros(len(order), jnp.int32), jnp.ones(len(order)),
             jnp.asarray(order + seeds, jnp.int32),
         )  # fmt: skip
-        filled = np.where(np.arange(tokens.shape[1]) < pad[:, None], filler, tokens).astype(np.int32)
+        filled = np.where(np.arange(tokens.shape[1]) >= lengths[:, None], filler, tokens).astype(np.int32)
         limits = jnp.asarray(np.broadcast_to(limit, len(order)), jnp.int32)
-        return tuple(map(np.asarray, calls(FLAT, filled[order], pad[order], rows, bank, strength * gates[order], dial[order], limits)))
+        return tuple(map(np.asarray, calls(FLAT, filled[order], lengths[order], rows, bank, strength * gates[order], dial[order], limits)))
 
     return of
 
@@ -117,7 +117,7 @@ def test_rows_do_not_depend_on_their_company(run, temperature):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
 def test_rows_alone_equal_rows_in_company(temperature):
-    """Alone without left padding, in a program of another batch size."""
+    """Alone without padding, in a program of another batch size."""
     bank, gates = everything()
 
     def rows(seeds):
@@ -128,8 +128,8 @@ def test_rows_alone_equal_rows_in_company(temperature):
             jnp.asarray(seeds, jnp.int32),
         )
 
-    tokens, pad = padded(PROMPTS)
-    together, _ = generate(CONFIG, FLAT, tokens, pad, rows(range(40, 45)), bank, gates, DIAL, max_new_tokens=NEW)
+    tokens, lengths = padded(PROMPTS)
+    together, _ = generate(CONFIG, FLAT, tokens, lengths, rows(range(40, 45)), bank, gates, DIAL, max_new_tokens=NEW)
     row = slice(3, 4)
     own, none = padded(PROMPTS[row])
     alone, _ = generate(CONFIG, FLAT, own, none, rows([43]), bank, gates[row], DIAL[row], max_new_tokens=NEW)
@@ -149,11 +149,11 @@ def test_padding_tokens_never_matter(run):
 def test_eos_stops_a_row_and_counts_itself(run):
     """A row's tokens are the free run's up to its first end token, which counts; what follows is 0 and does not."""
     bank, gates = everything()
-    tokens, pad = padded(PROMPTS)
+    tokens, lengths = padded(PROMPTS)
     stopped = 0
     for seed in range(0, 30, 5):
         rows = RowSampling(jnp.full(5, 3.0), jnp.zeros(5, jnp.int32), jnp.ones(5), jnp.arange(seed, seed + 5, dtype=jnp.int32))
-        free, _ = generate(CONFIG, FLAT, tokens, pad, rows, bank, gates, DIAL, max_new_tokens=NEW)
+        free, _ = generate(CONFIG, FLAT, tokens, lengths, rows, bank, gates, DIAL, max_new_tokens=NEW)
         found, count = run(temperature=3.0, seeds=seed)
         for row in range(5):
             ends = np.flatnonzero(np.isin(free[row], STOPPING.eos_token_ids))
@@ -187,6 +187,6 @@ def test_strengths_change_without_recompilation(run):
 
 
 def test_empty_bank_is_the_base():
-    tokens, pad = padded(PROMPTS)
-    runs = [generate(CONFIG, FLAT, tokens, pad, greedy(5), bank, max_new_tokens=NEW)[0] for bank in (None, Bank())]
+    tokens, lengths = padded(PROMPTS)
+    runs = [generate(CONFIG, FLAT, tokens, lengths, greedy(5), bank, max_new_tokens=NEW)[0] for bank in (None, Bank())]
     np.testing.assert_array_equal(*runs)

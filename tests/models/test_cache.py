@@ -1,4 +1,4 @@
-"""Decoding: left-padded prefill and one-token steps against a cache say what one pass over the whole text says."""
+"""Decoding: a prefill and steps of one or more tokens against a cache say what one pass over the whole text says."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import jax
 import numpy as np
 import pytest
 
+from meetjax.adapters.tree import columns
 from meetjax.models import layers
-from meetjax.models.decoder import decode_step, prefill, unstack
+from meetjax.models.decoder import decode_step, extend, prefill, unstack
 from tests.conftest import (
     BATCH,
     DIAL,
     KINDS_ALONE,
     KINDS_TOGETHER,
     LENGTH,
+    MOVING,
     QUICK,
     TOKENS,
     apart,
@@ -25,38 +27,43 @@ from tests.conftest import (
     random_bank,
 )
 
-PAD = np.array([0, 2, 1, 4], np.int32)
+LENGTHS = np.array([6, 4, 5, 2], np.int32)
 PROMPT, CAPACITY = 6, 12
-"""Prompts of 6 columns, left padding included; the cache keeps 3 slots that no token ever fills."""
+"""Prompts of at most 6 tokens; three more follow, and the cache keeps cells that no token ever fills."""
 
 quick_prefill = jax.jit(prefill, static_argnums=(0, 4), compiler_options=QUICK)
 quick_step = jax.jit(decode_step, static_argnums=0, compiler_options=QUICK)
+quick_extend = jax.jit(extend, static_argnums=0, compiler_options=QUICK)
+
+
+def padded(starts, lengths, width, filler=0):
+    """int32[B, width]: of each row of TOKENS `lengths` tokens from `starts` on, then filler."""
+    cut = [row[start : start + n] for row, start, n in zip(TOKENS, starts, lengths, strict=True)]
+    return np.stack([np.pad(row, (0, width - len(row)), constant_values=filler) for row in cut])
 
 
 def decode_all(config, params, bank, gates, dial, filler=0):
-    """Logits [B, 4, V] after the prompt and after each of three further tokens, row b's text being TOKENS[b, : 9 - PAD[b]]."""
-    layout = np.stack([np.concatenate([np.full(n, filler), row[: LENGTH - n]]) for row, n in zip(TOKENS, PAD, strict=True)]).astype(
-        np.int32
-    )
+    """Logits [B, 4, V] after the prompt and after each of three further tokens, row b's prompt being TOKENS[b, : LENGTHS[b]]."""
     flat = unstack(params)
-    h, cache = quick_prefill(config, flat, layout[:, :PROMPT], PAD, CAPACITY, bank, gates, dial)
-    steps = [h]
-    for column in range(PROMPT, LENGTH):
-        h, cache = quick_step(config, flat, layout[:, column], cache, bank, gates, dial)
+    h, cache = quick_prefill(config, flat, padded(0 * LENGTHS, LENGTHS, PROMPT, filler), LENGTHS, CAPACITY, bank, gates, dial)
+    steps, columns = [h], cache.blocks[0][0].shape[2] - CAPACITY
+    for n in range(3):
+        h, cache = quick_step(config, flat, TOKENS[np.arange(BATCH), LENGTHS + n], cache, bank, gates, dial)
         steps.append(h)
-    assert int(cache.slot) == LENGTH
+    filled = np.asarray(cache.cells.filled).reshape(BATCH, -1)
+    np.testing.assert_array_equal(filled, np.broadcast_to(columns + LENGTHS[:, None] + 3, filled.shape))
     return np.asarray(layers.logits(params, np.stack(steps, axis=1)))
 
 
 def at_the_same_tokens(logits):
     """Of right-padded logits [B, 9, V], those after each row's prompt and three further tokens."""
-    places = np.arange(PROMPT - 1, LENGTH)[None] - PAD[:, None]
+    places = LENGTHS[:, None] - 1 + np.arange(4)[None]
     return np.take_along_axis(np.asarray(logits), places[:, :, None], axis=1)
 
 
 @pytest.mark.parametrize("gates", [KINDS_ALONE, KINDS_TOGETHER], ids=["alone", "together"])
 def test_prefill_plus_decode_equals_full_forward(variant, gates):
-    """Every kind, alone on a row and mixed, behind left padding, with a gate and a dial a row."""
+    """Every kind, alone on a row and mixed, rows of unequal length, with a gate and a dial a row."""
     config, params = variant
     bank = apart(random_bank(config))
     whole = at_the_same_tokens(quick_forward(config, params, TOKENS, bank, gates, dial=DIAL))
@@ -70,6 +77,41 @@ def test_prefill_plus_decode_equals_full_forward_without_gates(base, kinds):
     bank = random_bank(config, kinds, entries=(0,)) if kinds else None
     whole = at_the_same_tokens(quick_forward(config, params, TOKENS, bank))
     assert_close(decode_all(config, params, bank, None, None), whole)
+
+
+@pytest.mark.parametrize("kind", [*MOVING, "all"])
+def test_a_chunk_equals_its_tokens_one_by_one(variant, kind):
+    """`extend` by 3 tokens, of which rows use 3, 2, 1 and 2, and then one more token: the cells of the rest are filled anew."""
+    config, params = variant
+    bank = apart(random_bank(config, MOVING if kind == "all" else (kind,)))
+    gates = np.random.default_rng(4).uniform(0, 1.2, (BATCH, columns(bank))).astype(np.float32)
+    dial = DIAL if kind == "all" else None
+    used, flat = np.array([3, 2, 1, 2], np.int32), unstack(params)
+    _, cache = quick_prefill(config, flat, padded(0 * LENGTHS, LENGTHS, PROMPT), LENGTHS, CAPACITY, bank, gates, dial)
+    chunk, cache = quick_extend(config, flat, padded(LENGTHS, used, 3, 5), cache, bank, gates, dial, lengths=used)
+    # The first row has no token left; it takes its first again, and is not looked at.
+    more, _ = quick_step(config, flat, TOKENS[np.arange(BATCH), (LENGTHS + used) % LENGTH], cache, bank, gates, dial)
+    whole = np.asarray(quick_forward(config, params, TOKENS, bank, gates, dial=dial))
+    rows, ends = np.arange(BATCH), LENGTHS + used - 1
+    assert_close(layers.logits(params, chunk), whole[rows, ends])
+    assert_close(layers.logits(params, more)[1:], whole[rows[1:], ends[1:] + 1])
+
+
+@pytest.mark.parametrize("gates", [KINDS_ALONE, KINDS_TOGETHER], ids=["alone", "together"])
+def test_a_row_is_one_stream_where_that_is_asked_for(base, gates):
+    """`enters`: the streams of a row as rows of their own, mixed behind the last block, say what the dial of identity blocks says."""
+    config, params, _ = base
+    bank = apart(random_bank(config))
+    flat, first = unstack(params), padded(0 * LENGTHS, LENGTHS, PROMPT)
+    hidden = []
+    for block in (0, 1, -1):
+        enters = np.full(BATCH, block, np.int32)
+        h, cache = quick_prefill(config, flat, first, LENGTHS, CAPACITY, bank, gates, None, enters)
+        more, _ = quick_extend(config, flat, TOKENS[np.arange(BATCH), LENGTHS][:, None], cache, bank, gates, enters=enters)
+        hidden.append(np.stack([h, more], axis=1))
+    own = [gates[:, entry, None, None] for entry in bank.identity.entries]
+    mixed = sum(g * h for g, h in zip([*own, 1 - sum(own)], hidden, strict=True))
+    assert_close(layers.logits(params, mixed), at_the_same_tokens(quick_forward(config, params, TOKENS, bank, gates))[:, :2])
 
 
 def test_padding_never_reaches_the_cache_readers(base):
@@ -87,6 +129,6 @@ def test_two_identity_blocks_have_a_cache_each(base):
     whole = at_the_same_tokens(quick_forward(config, params, TOKENS, deep))
     assert_close(decode_all(config, params, deep, None, None), whole)
     assert_differs(whole, at_the_same_tokens(quick_forward(config, params, TOKENS, bank)))
-    cache = jax.eval_shape(lambda: prefill(config, unstack(params), TOKENS, PAD, CAPACITY, deep)[1])
+    cache = jax.eval_shape(lambda: prefill(config, unstack(params), TOKENS, LENGTHS, CAPACITY, deep)[1])
     assert sorted(cache.identity) == ["0.0", "0.1"]
     assert all(leaf.shape == (BATCH, config.kv_heads, CAPACITY, config.head_width) for leaf in jax.tree.leaves(cache.identity))

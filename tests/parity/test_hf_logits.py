@@ -135,8 +135,8 @@ def test_hf_logits_parity_left_padded(family, tokens):
 
 
 @pytest.mark.parametrize("family", CACHED, indirect=True)
-def test_greedy_parity_left_padded(family, tokens):
-    """Prefill and cached decode against transformers' own cache (its window forgets keys, ours masks them)."""
+def test_greedy_parity_of_unequal_lengths(family, tokens):
+    """Prefill and cached decode, rows padded right, against transformers' own, padded left (its window forgets keys)."""
     theirs, ours, _ = family
     pads = np.array([0, 1, 9, LENGTH - 3], np.int32)
     padded, mask, _ = left_padded(tokens, pads)
@@ -146,7 +146,8 @@ def test_greedy_parity_left_padded(family, tokens):
             ids, attention_mask=torch.from_numpy(mask), do_sample=False, max_new_tokens=NEW, eos_token_id=2, pad_token_id=0
         )
     greedy = RowSampling(jnp.zeros(ROWS), jnp.zeros(ROWS, jnp.int32), jnp.ones(ROWS), jnp.zeros(ROWS, jnp.int32))
-    found, counts = generate_tokens(ours.config, unstack(ours.params), padded, jnp.asarray(pads), greedy, max_new_tokens=NEW)
+    right = np.stack([np.roll(row, -pad) for row, pad in zip(padded, pads, strict=True)])
+    found, counts = generate_tokens(ours.config, unstack(ours.params), right, jnp.asarray(LENGTH - pads), greedy, max_new_tokens=NEW)
     for row, count in enumerate(np.asarray(counts)):
         assert found[row, :count].tolist() == expected[row, LENGTH : LENGTH + count].tolist()
         assert count == NEW or found[row, count - 1] == SHAPE["eos_token_id"]
