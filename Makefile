@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 DATA ?= Anthropic/hh-rlhf:harmless-base
 
-.PHONY: demo test check parity bench results setup setup-parity
+.PHONY: demo test check parity bench load fuzz results setup setup-parity
 
 demo: setup
 	$(BIN)/meetjax demo
@@ -22,6 +22,12 @@ parity: setup-parity
 
 bench: setup-parity
 	$(BIN)/python experiments/bench/bench.py --data $(DATA)
+
+load: setup-parity
+	$(BIN)/python experiments/bench/load.py
+
+fuzz: setup
+	FUZZ=400 $(BIN)/python -m pytest tests/serve/test_fuzz.py -s
 
 results: setup
 	$(BIN)/python experiments/results.py

@@ -108,6 +108,11 @@ class Engine:
         with self._changed:
             return {name: loaded.info for name, loaded in self._shelf.adapters.items()}
 
+    @property
+    def refusing(self) -> str:
+        """Why new requests are refused; empty while they are not."""
+        return self._refusing
+
     def submit(self, ask: Ask) -> Stream:
         """Queues a request. Raises MeetjaxError for what cannot be answered and QueueFull."""
         check_ask(ask, self._config.vocab, self.capacity)

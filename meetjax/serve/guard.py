@@ -33,8 +33,8 @@ class Guard:
 
     The body is read whole before the app sees it: 413 beyond `body` bytes, 408 when it takes too long. When the client goes, or takes
     nothing for `patience` seconds, the app's task is cancelled. The streams that the app has put into `state["held"]` are cancelled
-    when the request ends, however it ends. What the app raises becomes an error body. Without `key` everybody may ask; with it all but /health need `Authorization: Bearer KEY`, or a browser's
-    password prompt with the key as the password.
+    when the request ends, however it ends. What the app raises becomes an error body. Without `key` everybody may ask; with it all
+    but /health need `Authorization: Bearer KEY`, or a browser's password prompt with the key as the password.
     """
 
     def __init__(self, app: Any, metrics: Metrics, key: str | None = None, body: int = BODY, patience: float = PATIENCE):

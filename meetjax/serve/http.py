@@ -47,17 +47,19 @@ class ErrorBody(BaseModel):
 def make_app(engine: Any, model: Model, *, key: str | None = None, body: int = BODY, patience: float = PATIENCE) -> FastAPI:
     """The app. engine: an Engine, or what has its interface; model: the one it runs; key: that clients must give (None: none).
 
-    body: bytes of a request's body at most; patience: seconds to wait for a client. `app.state.draining = True` refuses what is new.
+    body: bytes of a request's body at most; patience: seconds to wait for a client.
     """
     app = FastAPI(title="meetjax", version=meetjax.__version__, docs_url=None, redoc_url=None)
     metrics = Metrics(engine.stats)
     service = _Service(engine, model)
-    app.state.draining = False
     app.add_middleware(Guard, metrics=metrics, key=key, body=body, patience=patience)
-    app.add_exception_handler(Refusal, lambda _, error: _refused(error))
-    app.add_exception_handler(MeetjaxError, lambda _, error: _refused(Refusal(400, str(error))))
-    app.add_exception_handler(RequestValidationError, lambda _, error: _refused(_invalid(error)))
-    app.add_exception_handler(HTTPException, lambda _, error: _refused(Refusal(error.status_code, str(error.detail))))
+    for kind, read in (
+        (Refusal, lambda error: error),
+        (MeetjaxError, lambda error: service.closed() if engine.refusing else Refusal(400, str(error))),
+        (RequestValidationError, _invalid),
+        (HTTPException, lambda error: Refusal(error.status_code, str(error.detail))),
+    ):
+        app.add_exception_handler(kind, partial(_refuse, read))
     errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
     streamed = {"200": {"content": {"text/event-stream": {}}, "description": "the answer, or its chunks where stream is true"}}
 
@@ -76,7 +78,7 @@ def make_app(engine: Any, model: Model, *, key: str | None = None, body: int = B
 
     @app.get("/health", responses=errors)
     async def health() -> dict[str, Any]:
-        service.check_open(app)
+        service.check_open()
         return {"status": "ok", "model": model.name, "adapters": sorted(engine.adapters)}
 
     @app.get("/metrics", response_class=Response)
@@ -91,7 +93,9 @@ def make_app(engine: Any, model: Model, *, key: str | None = None, body: int = B
     return app
 
 
-def _refused(refusal: Any) -> JSONResponse:
+async def _refuse(read: Callable[[Any], Refusal], request: Request, error: Exception) -> JSONResponse:
+    refusal = read(error)
+    request.state.facts["error"] = refusal.message[:200]
     return JSONResponse(error_body(refusal), refusal.status, error_headers(refusal))
 
 
@@ -104,7 +108,11 @@ def _invalid(error: RequestValidationError) -> Refusal:
     param = ".".join(where) or None
     if first["type"] == "extra_forbidden":
         return Refusal(400, f"unrecognized field {ascii(param)[:80]}", param=ascii(param)[1:81], code="unknown_parameter")
-    return Refusal(400, f"{ascii(param or 'body')[1:-1][:80]}: {first['msg']}; found {ascii(first.get('input'))[:80]}", param=where[0] if where else None)
+    return Refusal(
+        400,
+        f"{ascii(param or 'body')[1:-1][:80]}: {first['msg']}; found {ascii(first.get('input'))[:80]}",
+        param=where[0] if where else None,
+    )
 
 
 class _Service:
@@ -118,19 +126,21 @@ class _Service:
         adapters = [(name, info.kinds, info.parameters) for name, info in sorted(self.engine.adapters.items())]
         return models(self.model.name, adapters, self.created)
 
-    def check_open(self, app: FastAPI) -> None:
-        if app.state.draining:
-            raise Refusal(503, "the server is shutting down", code="shutting_down", retry_after=5)
+    def closed(self) -> Refusal:
+        return Refusal(503, self.engine.refusing, code="shutting_down", retry_after=5)
+
+    def check_open(self) -> None:
+        if self.engine.refusing:
+            raise self.closed()
 
     async def answer(self, request: Request, body: ChatRequest | CompletionRequest, prompts: Sequence[Any]) -> Response:
         """The reply to a request, whole or streamed."""
-        self.check_open(request.app)
+        self.check_open()
         began, facts = time.monotonic(), request.state.facts
         strengths = mixture(body, self.model.name, self.engine.adapters)
         loop = asyncio.get_running_loop()
         ids = [await loop.run_in_executor(self.tokenizing, self._encode, prompt) for prompt in prompts]
         asks = make_asks(body, ids, strengths, self.engine.capacity)
-        self.check_open(request.app)
         streams: list[Stream] = request.state.held  # what is in this list is cancelled when the request ends, however it ends
         try:
             for ask in asks:
@@ -142,7 +152,8 @@ class _Service:
         facts |= {"adapters": strengths, "dial": body.logit_dial, "stream": bool(body.stream)}
         watch = partial(_watch, streams, facts, began)
         if body.stream:
-            return StreamingResponse(_events(replies, streams, watch), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+            events = _events(replies, streams, watch, facts)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
         answers = await asyncio.gather(*(_whole(replies, stream, watch) for stream in streams))
         return JSONResponse(replies.whole(answers, streams))
 
@@ -177,7 +188,7 @@ async def _whole(replies: Replies, stream: Stream, watch: Callable[[], None]) ->
     return answer
 
 
-async def _events(replies: Replies, streams: Sequence[Stream], watch: Callable[[], None]) -> AsyncIterator[bytes]:
+async def _events(replies: Replies, streams: Sequence[Stream], watch: Callable[[], None], facts: dict[str, Any]) -> AsyncIterator[bytes]:
     """The chunks of all answers as server-sent events, each answer's in order, then [DONE]; or an error, which ends them.
 
     The answers are read no further than AHEAD chunks before what the client has taken.
@@ -215,6 +226,7 @@ async def _events(replies: Replies, streams: Sequence[Stream], watch: Callable[[
                 continue
             yield b"data: " + json.dumps(body).encode() + b"\n\n"
             if "error" in body:
+                facts["error"] = body["error"]["message"]
                 return
         yield b"data: [DONE]\n\n"
     finally:

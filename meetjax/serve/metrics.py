@@ -24,7 +24,9 @@ class Metrics:
     def __init__(self, stats: Callable[[], Any]):
         self.registry = CollectorRegistry()
         self.requests = Counter("meetjax_requests", "Requests answered", ("route", "status"), registry=self.registry)
-        self.seconds = Histogram("meetjax_request_seconds", "From request to last byte", ("route",), buckets=SECONDS, registry=self.registry)
+        self.seconds = Histogram(
+            "meetjax_request_seconds", "From request to last byte", ("route",), buckets=SECONDS, registry=self.registry
+        )
         self.first = Histogram("meetjax_first_token_seconds", "From request to first token", buckets=SECONDS, registry=self.registry)
         self.prompt = Counter("meetjax_prompt_tokens", "Prompt tokens of answered requests", registry=self.registry)
         self.new = Counter("meetjax_completion_tokens", "Tokens of answers", registry=self.registry)

@@ -69,7 +69,9 @@ def make_page(engine: Any, model: Model) -> gr.Blocks:
             with gr.Column(scale=3):
                 chat = gr.Chatbot(height=380, show_label=False, buttons=["copy"], feedback_options=None, elem_id="chat")
                 with gr.Row(equal_height=True):
-                    box = gr.Textbox(placeholder="Ask something", show_label=False, scale=8, autofocus=True, container=False, elem_id="message")
+                    box = gr.Textbox(
+                        placeholder="Ask something", show_label=False, scale=8, autofocus=True, container=False, elem_id="message"
+                    )
                     send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")
                     stop = gr.Button("Stop", scale=1, min_width=80)
         settings = [dial, temperature, limit, seed, *sliders]
@@ -83,7 +85,10 @@ def make_page(engine: Any, model: Model) -> gr.Blocks:
             compare = gr.Button("Compare", scale=1, min_width=100, elem_id="compare")
         with gr.Row():
             with gr.Column(scale=1), gr.Row():
-                sides = [gr.Textbox(label=f"at {value:g}", lines=10, max_lines=10, elem_id=f"side{i}", min_width=150) for i, value in enumerate(THREE)]
+                sides = [
+                    gr.Textbox(label=f"at {value:g}", lines=10, max_lines=10, elem_id=f"side{i}", min_width=150)
+                    for i, value in enumerate(THREE)
+                ]
             with gr.Column(scale=1, min_width=300):
                 curve = gr.HTML(_hint("Length and log-ratio against strength are drawn here."), elem_id="curve")
         with gr.Accordion("the same request as code", open=False), gr.Row():
@@ -184,9 +189,7 @@ class _Desk:
         messages = tuple(Message(turn["role"], turn["content"]) for turn in turns)
         ids = tuple(encode(self.model.tokenizer, messages if self.model.tokenizer.chat_template else messages[-1].content))
         limit = max(1, min(int(limit), self.engine.capacity - len(ids)))
-        return Ask(
-            ids, self._strengths(settings), None if dial == 1 else float(dial), Sampling(float(temperature)), int(seed or 0), limit
-        )
+        return Ask(ids, self._strengths(settings), None if dial == 1 else float(dial), Sampling(float(temperature)), int(seed or 0), limit)
 
     def _body(self, turns: Turns, settings: tuple[float, ...]) -> dict[str, Any]:
         dial, temperature, limit, seed = settings[:4]

@@ -13,12 +13,14 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from meetjax.adapters.io import load_adapters
 from meetjax.errors import MeetjaxError
 from meetjax.models.load import load
 from meetjax.serve.engine import Engine
 from meetjax.serve.guard import log
 from meetjax.serve.http import make_app
 from meetjax.serve.metrics import JsonLines
+from meetjax.serve.room import room_for
 
 GRACE = 30.0
 """Seconds that open requests have to finish once the server is told to stop; then they are failed."""
@@ -45,10 +47,11 @@ def serve(
     listener = listen(host or "127.0.0.1", port)  # before the model: a port may be taken
     write_logs()
     loaded = load(model)
-    engine = Engine(loaded, slots=slots, capacity=capacity, queue=queue)
+    banks = {name: load_adapters(folder, loaded.fingerprint) for name, folder in adapters.items()}
+    engine = Engine(loaded, slots=slots, capacity=capacity, queue=queue, room=room_for(banks.values()))
     try:
         for name, folder in adapters.items():
-            engine.load(name, folder)
+            engine.put(name, banks[name], folder)
         engine.warm_up()
         app = make_app(engine, loaded, key=key)
         if page:
@@ -98,19 +101,17 @@ def make_server(app: FastAPI, engine: Any, grace: float = GRACE) -> uvicorn.Serv
         app, log_config=None, access_log=False, server_header=False, proxy_headers=False, ws="none",
         timeout_graceful_shutdown=int(grace) + 10,
     )  # fmt: skip
-    return _Server(config, app, engine, grace)
+    return _Server(config, engine, grace)
 
 
 class _Server(uvicorn.Server):
     """Told to stop, it refuses what is new and gives the open requests `grace` seconds; the engine then fails those that are left."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, engine: Any, grace: float):
+    def __init__(self, config: uvicorn.Config, engine: Any, grace: float):
         super().__init__(config)
-        self.api, self.engine, self.grace = app, engine, grace
+        self.engine, self.grace = engine, grace
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.api.state.draining = True
-
         async def finish_or_fail() -> None:
             await asyncio.to_thread(self.engine.drain, self.grace)
             await asyncio.to_thread(self.engine.close)

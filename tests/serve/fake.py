@@ -34,13 +34,13 @@ class FakeEngine:
         self.done = self.failed = self.cancelled = self.tokens = 0
         self._waiting: deque[tuple[Stream, deque[Piece]]] = deque()
         self._active: list[tuple[Stream, deque[Piece]]] = []
-        self._draining = self._closed = False
+        self.refusing, self._closed = "", False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def submit(self, ask):
-        if self._draining:
-            raise MeetjaxError("engine: draining")
+        if self.refusing:
+            raise MeetjaxError(f"engine: {self.refusing}")
         for name, strength in ask.adapters.items():
             if name not in self.adapters:
                 raise MeetjaxError(f"no adapter {name}")
@@ -112,7 +112,7 @@ class FakeEngine:
         return not self._active and not self._waiting
 
     def drain(self, seconds):
-        self._draining = True
+        self.refusing = "the engine is shutting down"
         waited = threading.Event()
         for _ in range(int(seconds / 0.01)):
             if self.idle():
@@ -120,7 +120,7 @@ class FakeEngine:
             waited.wait(0.01)
 
     def close(self):
-        self._draining = self._closed = True
+        self.refusing, self._closed = "the engine is shutting down", True
         self.going.set()
         self._thread.join()
         for stream, _ in (*self._active, *self._waiting):

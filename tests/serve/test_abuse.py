@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+pytest.importorskip("fastapi", reason="the serve extra is not installed")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 
 from meetjax.serve.stream import Piece
-from tests.serve.conftest import serving, until
 from tests.serve.fake import FakeEngine
+from tests.serve.loopback import serving, until
 
 GOOD = {"model": "base", "messages": [{"role": "user", "content": "a cat?"}], "temperature": 0}
 PATH = "/v1/chat/completions"

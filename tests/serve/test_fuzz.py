@@ -11,12 +11,13 @@ from collections import Counter
 import hypothesis
 import pytest
 
+pytest.importorskip("fastapi", reason="the serve extra is not installed")
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.serve.conftest import serving
 from tests.serve.fake import FakeEngine
+from tests.serve.loopback import serving
 
 FUZZ = int(os.environ.get("FUZZ", "40"))
 MODELS = ("base", "base+concise@0.5", "harmless")

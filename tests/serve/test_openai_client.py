@@ -123,7 +123,7 @@ def test_completions(client, served, model):
     assert reply.choices[0].text == expected
     assert len(reply.choices[0].logprobs.tokens) == len(reply.choices[0].logprobs.text_offset)
     several = client.completions.create(model="base", prompt=["the cat", "the mat"], temperature=0)
-    assert [choice.text for choice in several.choices][0] == expected
+    assert several.choices[0].text == expected
     assert several.choices[1].index == 1
     assert client.completions.create(model="base", prompt=list(ids), temperature=0).choices[0].text == expected
     chunks = client.completions.create(model="base", prompt="the cat", temperature=0, stream=True)

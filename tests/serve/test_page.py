@@ -10,13 +10,13 @@ import subprocess
 import warnings
 from pathlib import Path
 
-import httpx
 import pytest
 
+httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 gradio = pytest.importorskip("gradio", reason="gradio is not installed")
 from meetjax.serve.page import snippets
-from tests.serve.conftest import serving
 from tests.serve.fake import FakeEngine
+from tests.serve.loopback import serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARTIFACT = Path("runs/page/page.png")
