@@ -22,32 +22,41 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 ARTIFACT = Path("runs/page/page.png")
 
 
-def sweep_up():
-    """Gradio and Playwright leave event loops to the garbage collector; what they leave is no fault of a test that runs then."""
+@contextlib.contextmanager
+def leaks_allowed():
+    """Gradio and Playwright leave event loops to the garbage collector; what is left in here is collected in here, without a word."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
         gc.collect()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tidy():
-    yield
-    sweep_up()
+def held(context):
+    """What a context gives, entered and left with leaks allowed: pytest has filters of its own at each of the two."""
+    with leaks_allowed():
+        stack = contextlib.ExitStack()
+        inside = stack.enter_context(context)
+    yield inside
+    with leaks_allowed():
+        stack.close()
 
 
 @pytest.fixture(scope="module")
-def page_served(model, tidy):
-    with serving(FakeEngine(model, slots=8), model, page=True) as served:
-        sweep_up()
-        yield served
+def page_served(model):
+    yield from held(serving(FakeEngine(model, slots=8), model, page=True))
 
 
 @pytest.fixture(scope="module")
-def browser(tidy):
+def browser():
     """Headless Chromium."""
     sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("no Chromium: apt-get install chromium")
+    yield from held(chromium(sync))
+
+
+@contextlib.contextmanager
+def chromium(sync):
     with sync.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield browser
