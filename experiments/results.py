@@ -20,9 +20,15 @@ from meetjax.train.stage import resolved
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: made by results.py -->", "<!-- end of results -->"
 HEADER = (
-    "| run | data | seed | steps x prompts | trained parameters | held-out accuracy (95 %, n) | shorter answer | untrained "
-    "| KL to the base, nats an answer | mean tokens | minutes | peak GB | command |"
+    "| | run | data | seed | steps x prompts | trained parameters | held-out accuracy (95 %, n) | shorter answer | untrained "
+    "| KL to the base, nats an answer | mean tokens | minutes (of one core) | peak GB |"
 )
+SETS = ("concise", "harmless-base.test.jsonl.gz")
+RUNS = (
+    "meet_prompt", "meet_lora", "full_sft", "meet_positives", "meet_joint", "meet_markers", "meet_stage1", "meet_hard_tokens", "meet_dpo",
+    "identity_dpo_hh", "edit_dpo_hh", "red_plus", "rahf_scit", "rahf_dual", "lora_dpo_hh", "prompt_dpo_hh", "full_dpo",
+)  # fmt: skip
+"""What is to be measured on each of `SETS`: the table says so where it is not."""
 
 
 def keep(folder: Path) -> Path:
@@ -38,15 +44,26 @@ def keep(folder: Path) -> Path:
 
 
 def table(folder: Path = HERE / "results") -> str:
-    """One row a kept summary, by data and name; a dash where a run did not measure something."""
+    """One row a kept summary, by data and name, and under the rows their commands; a dash where a run did not measure something."""
     summaries = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    rows = [_row(summary) for summary in sorted(summaries, key=lambda summary: summary["recipe"]["data"]["path"])]
-    return "\n".join([HEADER, "|" + " --- |" * (HEADER.count("|") - 1), *rows])
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {(data, name): [] for data in SETS for name in RUNS}
+    for summary in summaries:
+        found.setdefault((summary["recipe"]["data"]["path"], summary["name"]), []).append(summary)
+    rows, commands = [], []
+    for (data, name), own in found.items():
+        for summary in sorted(own, key=lambda summary: summary["recipe"]["train"]["seed"]):
+            commands.append(f"{len(commands) + 1}. `{command(summary)}`")
+            rows.append(_row(len(commands), summary))
+        if not own:
+            rows.append(f"| - | `{name}` | {data} | not run yet |" + " - |" * (HEADER.count("|") - 5))
+    head = [HEADER, "|" + " --- |" * (HEADER.count("|") - 1)]
+    return "\n".join([*head, *rows, "", "<details><summary>Commands</summary>", "", *commands, "", "</details>"])
 
 
-def _row(summary: dict[str, Any]) -> str:
+def _row(number: int, summary: dict[str, Any]) -> str:
     train, data = summary["recipe"]["train"], summary["recipe"]["data"]
     cells = [
+        str(number),
         f"`{summary['name']}`",
         data["path"],
         str(train["seed"]),
@@ -57,9 +74,8 @@ def _row(summary: dict[str, Any]) -> str:
         _number(summary, "baseline_untrained_logps_accuracy", ".3f"),
         _with_interval(summary, "kl", "kl_interval", ".2f"),
         _with_interval(summary, "mean_tokens", "mean_tokens_interval", ".0f"),
-        f"{summary['wall_s'] / 60:.0f}",
+        f"{summary['wall_s'] / 60:.0f}" + (f" ({summary['cpu_s'] / 60:.0f})" if "cpu_s" in summary else ""),
         f"{summary['peak_rss_gb']:.1f}",
-        f"`{command(summary)}`",
     ]
     return "| " + " | ".join(cells) + " |"
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from meetjax.adapters.tree import KINDS, Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt, Reward, columns
+from meetjax.adapters.tree import KINDS, MERGEABLE, Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt, Reward, columns, kinds
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
 from meetjax.models.config import ModelConfig
@@ -88,8 +88,8 @@ def merge(config: ModelConfig, params: Params, bank: Bank, gates: Sequence[float
 
     Returns a config too: an edit adds biases to its sites. Raises MeetjaxError for kinds that are not part of a linear layer.
     """
-    for kind in ("prompt", "identity", "reward"):
-        if getattr(bank, kind) is not None:
+    for kind in kinds(bank):
+        if kind not in MERGEABLE:
             raise MeetjaxError(f"merge: {kind} is not part of a linear layer", expected="lora or edit", fix=f"keep {kind} as an adapter")
     strengths = jnp.ones(columns(bank)) if gates is None else jnp.asarray(gates, jnp.float32)
     blocks, biases = dict(params["blocks"]), set(config.biases)

@@ -17,6 +17,8 @@ from meetjax.errors import MeetjaxError
 from meetjax.types import Array
 
 KINDS = ("prompt", "lora", "edit", "identity", "reward")
+MERGEABLE = ("lora", "edit")
+"""Kinds that are part of a linear layer, and can be folded into it."""
 
 
 def _static(default: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -19,23 +18,21 @@ from statistics import median
 from typing import Any
 
 import jax
-import numpy as np
 
 from meetjax.adapters.io import load_adapters
 from meetjax.errors import MeetjaxError
 from meetjax.generate.sampling import Sampling
 from meetjax.models.decoder import unstack
 from meetjax.serve import programs
-from meetjax.serve.prefix import CHUNK, PrefixCache
+from meetjax.serve.prefix import PrefixCache
 from meetjax.serve.room import AdapterInfo, Room, Shelf
-from meetjax.serve.rows import TAIL, Prefill, Request, Rows, cell_counts, sampling_of
-from meetjax.serve.stream import MOST_LOGPROBS, Ask, Piece, QueueFull, Stream
+from meetjax.serve.rows import Prefill, Request, Rows, cell_counts
+from meetjax.serve.stream import Ask, Piece, QueueFull, Stream, check_ask
 from meetjax.serve.text import Writer
+from meetjax.serve.warm import run_all
 
 __all__ = ["AdapterInfo", "Ask", "Engine", "Piece", "QueueFull", "Room", "Sampling", "Stats", "Stream"]
 
-LARGEST_STRENGTH = 100.0
-"""Strengths and dials beyond this are mistakes: no trained adapter says anything there."""
 LOG = logging.getLogger(__name__)
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -247,7 +244,9 @@ class Engine:
             self._refusing, self._stopping = failure, True
             prefilling = [self._prefill.request] if self._prefill else []
             for request in [*self._rows.requests, *prefilling, *self._waiting]:
-                self._end(request, error=failure)
+                self._counts["failed"] += 1
+                request.stream.fail(failure)
+            self._rows.owners = [None] * self.slots
             self._waiting.clear()
             self._flight.clear()
             self._prefill = None
@@ -364,68 +363,5 @@ class Engine:
             request.stream.put(piece)
 
     def _warm(self) -> None:
-        warm_up(self._config, self._params, self._shelf, self._rows, self._cells)
+        run_all(self._config, self._params, self._shelf, self._rows, self._cells)
         self._counts["compiles"] = 0
-
-
-def check_ask(ask: Ask, vocab: int, capacity: int) -> None:
-    """Raises MeetjaxError for what no engine can answer, whatever is loaded."""
-    if not ask.ids:
-        raise MeetjaxError("prompt: no token", expected="some text")
-    if not all(0 <= token < vocab for token in ask.ids):
-        raise MeetjaxError("prompt: token", expected=f"0 to {vocab - 1}", found=next(t for t in ask.ids if not 0 <= t < vocab))
-    if ask.max_new_tokens < 1:
-        raise MeetjaxError("max_new_tokens", expected=">= 1", found=ask.max_new_tokens)
-    if len(ask.ids) + ask.max_new_tokens > capacity:
-        found = f"{len(ask.ids)} + {ask.max_new_tokens}"
-        fix = "shorten the prompt, ask for fewer new tokens, or start with a larger capacity"
-        raise MeetjaxError("prompt: too long", expected=f"prompt + max_new_tokens <= {capacity} tokens", found=found, fix=fix)
-    if not 0 <= ask.seed < 2**31:
-        raise MeetjaxError("seed", expected="0 to 2^31 - 1", found=ask.seed)
-    if not 0 <= ask.logprobs <= MOST_LOGPROBS:
-        raise MeetjaxError("logprobs", expected=f"0 to {MOST_LOGPROBS}", found=ask.logprobs)
-    if not all(ask.stop):
-        raise MeetjaxError("stop", expected="texts that are not empty", found=list(ask.stop))
-    given = {f"strength of {name}": value for name, value in ask.adapters.items()} | ({} if ask.dial is None else {"dial": ask.dial})
-    for name, value in given.items():
-        if not (math.isfinite(value) and abs(value) <= LARGEST_STRENGTH):
-            raise MeetjaxError(name, expected=f"a number from -{LARGEST_STRENGTH:g} to {LARGEST_STRENGTH:g}", found=value)
-
-
-def warm_up(config: Any, params: Any, shelf: Shelf, rows: Rows, cells: list[int]) -> None:
-    """Runs every program on nothing, in every size that can come."""
-    shelf.touch()
-    bank, names, lanes = shelf.bank, programs.identity_names(shelf.bank), jax.device_put(rows.make_lanes())
-    columns = shelf.room.prompts_at_once * shelf.room.prompt_length if shelf.vectors is not None else 0
-    gates, enters, one = np.zeros((1, shelf.columns), np.float32), np.full(1, -1, np.int32), np.ones(1, np.int32)
-    hidden: Any = None
-    begun: list[Any] = []
-    widths = {width: np.zeros((1, width), np.int32) for width in (TAIL, CHUNK)}
-    for width, tokens in widths.items():
-        if columns:
-            chosen, strengths = np.zeros(shelf.room.prompts_at_once, np.int32), np.zeros((1, shelf.room.prompts_at_once), np.float32)
-            common = (chosen, strengths, tokens, one, gates, enters)
-            begun.append(programs.begin_chunk(config, width, params, bank, shelf.vectors, *common)[1])
-    stages = []
-    for count in cells:
-        stage = programs.empty(config, names, (1, count))
-        for tokens in widths.values():
-            hidden, stage = programs.run_chunk(config, params, bank, stage, tokens, one, gates, enters)
-        for size in {CHUNK, CHUNK + columns}:
-            if size <= count:
-                stage = programs.paste(stage, programs.cut(stage, np.int32(0), size), np.int32(0))
-        for start in begun:
-            programs.resize(start, count)
-        stages.append(stage)
-    sampling = sampling_of([None])
-    for ways in range(1, rows.most_ways + 1):
-        made = programs.first_token(params, [hidden] * ways, np.ones((1, ways), np.float32), sampling, np.zeros(1, bool))
-    for n, count in enumerate(cells):
-        going = rows.fresh(count)
-        for stage in stages[: n + 1]:
-            going = programs.insert(going, stage, np.int32(0), made.token)
-        going, step = programs.decode(config, params, bank, going, lanes)
-        jax.device_get(step)
-        for other in cells[max(0, n - 1) : n + 2]:
-            if other != count:
-                programs.resize(going.cache, other)

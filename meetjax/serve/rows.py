@@ -23,7 +23,7 @@ LEAST_CELLS, TAIL, SHRINK_AFTER = 128, 16, 64
 cells have to be enough before there are fewer."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Request:
     """An open request: its stream, the rows that it needs, and those that it has (row, filled cells)."""
 

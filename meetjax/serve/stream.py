@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 
+from meetjax.errors import MeetjaxError
 from meetjax.generate.sampling import Sampling
 
 MOST_LOGPROBS = 8
 """Likeliest tokens that are reported at most."""
+LARGEST_STRENGTH = 100.0
+"""Strengths and dials beyond this are mistakes: no trained adapter says anything there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,30 @@ class Ask:
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
     logprobs: int = 0
+
+
+def check_ask(ask: Ask, vocab: int, capacity: int) -> None:
+    """Raises MeetjaxError for what no engine can answer, whatever is loaded."""
+    if not ask.ids:
+        raise MeetjaxError("prompt: no token", expected="some text")
+    if not all(0 <= token < vocab for token in ask.ids):
+        raise MeetjaxError("prompt: token", expected=f"0 to {vocab - 1}", found=next(t for t in ask.ids if not 0 <= t < vocab))
+    if ask.max_new_tokens < 1:
+        raise MeetjaxError("max_new_tokens", expected=">= 1", found=ask.max_new_tokens)
+    if len(ask.ids) + ask.max_new_tokens > capacity:
+        found = f"{len(ask.ids)} + {ask.max_new_tokens}"
+        fix = "shorten the prompt, ask for fewer new tokens, or start with a larger capacity"
+        raise MeetjaxError("prompt: too long", expected=f"prompt + max_new_tokens <= {capacity} tokens", found=found, fix=fix)
+    if not 0 <= ask.seed < 2**31:
+        raise MeetjaxError("seed", expected="0 to 2^31 - 1", found=ask.seed)
+    if not 0 <= ask.logprobs <= MOST_LOGPROBS:
+        raise MeetjaxError("logprobs", expected=f"0 to {MOST_LOGPROBS}", found=ask.logprobs)
+    if not all(ask.stop):
+        raise MeetjaxError("stop", expected="texts that are not empty", found=list(ask.stop))
+    given = {f"strength of {name}": value for name, value in ask.adapters.items()} | ({} if ask.dial is None else {"dial": ask.dial})
+    for name, value in given.items():
+        if not (math.isfinite(value) and abs(value) <= LARGEST_STRENGTH):
+            raise MeetjaxError(name, expected=f"a number from -{LARGEST_STRENGTH:g} to {LARGEST_STRENGTH:g}", found=value)
 
 
 @dataclasses.dataclass(frozen=True)

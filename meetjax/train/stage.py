@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin
 
 from meetjax.adapters.bank import KIND_OF, Spec
 from meetjax.adapters.lora import LoraSpec
-from meetjax.adapters.reward import RewardSpec
+from meetjax.adapters.tree import MERGEABLE
 from meetjax.errors import MeetjaxError
 from meetjax.objectives.bounds import bounds_of
 from meetjax.objectives.preference import Dpo
@@ -174,14 +174,24 @@ def check_recipe(recipe: Recipe) -> None:
         ("evaluation.max_new_tokens", recipe.evaluation.max_new_tokens, recipe.evaluation.max_new_tokens >= 1, ">= 1"),
         ("data.seed", data.seed, 0 <= data.seed < 2**32, "0 to 2^32 - 1"),
     ]
+    held: list[str] = []
     for i, stage in enumerate(recipe.stages):
         if not stage.trains:
             expected = "base or some of " + ", ".join(KIND_OF.values())
             raise MeetjaxError(f"recipe: stages.{i}.trains: zero trainable leaves", expected=expected, found="()")
-        trained = [type(spec) for earlier in recipe.stages[: i + 1] for spec in earlier.trains]
-        if getattr(stage.objective, "reads_rewards", False) and RewardSpec not in trained:
-            expected = f"RewardSpec() here or in an earlier stage, the head of {type(stage.objective).__name__}"
+        name, rewarded = type(stage.objective).__name__, getattr(stage.objective, "reads_rewards", False)
+        if stage.absorb and (whole := [kind for kind in held if kind not in MERGEABLE]):
+            expected = f"{' or '.join(MERGEABLE)} alone trained before, to be merged"
+            raise MeetjaxError(f"recipe: stages.{i}.absorb", expected=expected, found=", ".join(whole))
+        own = [KIND_OF[type(spec)] for spec in stage.trains if spec != "base"]
+        held = own if stage.absorb else held + own
+        if rewarded and "reward" not in held:
+            expected = f"RewardSpec() here or in an earlier stage, the head of {name}"
             raise MeetjaxError(f"recipe: stages.{i}.trains", expected=expected, found="none")
+        if not rewarded and "reward" in own:
+            raise MeetjaxError(
+                f"recipe: stages.{i}.trains", expected=f"what {name} reads", found="RewardSpec(), which gets no gradient from it"
+            )
         optim, where = stage.optim, f"stages.{i}.optim"
         bounds += [
             (f"{where}.learning_rate", optim.learning_rate, optim.learning_rate > 0, "> 0"),

@@ -11,12 +11,13 @@ from rich.console import Console
 
 from meetjax.adapters.tree import Bank, check_gates, columns
 from meetjax.data.audit import Audit, render_table, split_rows, then
+from meetjax.data.cache import cached_rows
 from meetjax.data.convert import BAD, GOOD, convert, goal_conditioned, instructed, with_request
 from meetjax.data.edits import with_edit_weights
 from meetjax.data.loader import Buckets, choose_buckets
 from meetjax.data.partners import with_partners
 from meetjax.data.records import Pair, form_of, read_records
-from meetjax.data.tokenize import Rows, tokenize_records
+from meetjax.data.tokenize import Rows
 from meetjax.errors import MeetjaxError
 from meetjax.train.stage import Data, Stage, View
 
@@ -107,7 +108,7 @@ def check_columns(bank: Bank, rows: Rows, where: str) -> None:
 def _tokenized(records: list[Any], data: Data, tokenizer: Any, markers: tuple[str, ...], label: int | None = None) -> tuple[Rows, Audit]:
     """Rows and audit; with a label, all records stand under that class's marker."""
     own = markers if label is None or len(markers) < 2 else (markers[label],)
-    rows, made = tokenize_records(records, tokenizer, data.max_length, data.template, markers=own)
+    rows, made = cached_rows(records, tokenizer, data.max_length, data.template, own)
     return dataclasses.replace(rows, shared_prompt=data.shared_prompt), made
 
 

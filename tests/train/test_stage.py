@@ -16,12 +16,13 @@ from meetjax.errors import MeetjaxError
 from meetjax.objectives.bounds import bounds_of
 from meetjax.objectives.kto import Kto
 from meetjax.objectives.preference import Dpo, Ipo
+from meetjax.objectives.reward import BradleyTerry
 from meetjax.objectives.sft import Sft
 from meetjax.objectives.table import OBJECTIVES
 from meetjax.train.stage import Data, Optim, Recipe, Stage, Train, check_recipe, override, resolved
 
 RECIPE = Recipe("r", data=Data(path="p.jsonl"), stages=(Stage((LoraSpec(), EditSpec())), Stage(("base",), Sft())))
-HEADED = dataclasses.replace(RECIPE, stages=(Stage((LoraSpec(), EditSpec(), RewardSpec())), *RECIPE.stages[1:]))
+HEADED = dataclasses.replace(RECIPE, stages=(Stage((LoraSpec(), RewardSpec()), BradleyTerry()), *RECIPE.stages[1:]))
 
 SET = {  # setting -> (path to the value, value)
     "model=org/name": (("model",), "org/name"),
@@ -146,6 +147,19 @@ def test_a_reward_head_of_an_earlier_stage_will_do():
     check_recipe(override(HEADED, ["stages.1.objective=bradley_terry"]))
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("stages.0.objective=dpo", "recipe: stages.0.trains; expected what Dpo reads; found RewardSpec(), which gets no gradient from it"),
+        ("stages.1.absorb=1", "recipe: stages.1.absorb; expected lora or edit alone trained before, to be merged; found reward"),
+    ],
+)
+def test_a_reward_head_must_be_read_and_stays_apart(change, told):
+    with pytest.raises(MeetjaxError) as caught:
+        check_recipe(override(HEADED, [change]))
+    assert told in str(caught.value)
+
+
 @pytest.mark.parametrize("change", WRONG)
 def test_check_recipe_names_the_field(change):
     with pytest.raises(MeetjaxError) as caught:
@@ -184,7 +198,7 @@ def test_check_recipe_reads_types(recipe, told):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_checks_its_numbers(name):
     """Each float below its bound is refused by its path; at its default all pass, and each objective says what it reads."""
-    recipe = override(HEADED, [f"stages.0.objective={name}"])
+    recipe = override(HEADED if getattr(OBJECTIVES[name], "reads_rewards", False) else RECIPE, [f"stages.0.objective={name}"])
     check_recipe(recipe)
     objective = recipe.stages[0].objective
     assert objective == OBJECTIVES[name]()
