@@ -16,7 +16,7 @@ httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 gradio = pytest.importorskip("gradio", reason="gradio is not installed")
 from meetjax.serve.page import snippets
 from tests.serve.fake import FakeEngine
-from tests.serve.loopback import serving
+from tests.serve.loopback import serving, until
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARTIFACT = Path("runs/page/page.png")
@@ -65,22 +65,24 @@ def chromium(sync):
 
 def test_a_slider_changes_the_answer(page_served, browser):
     """Ask at 0, move the slider, ask the same again: another answer, what the engine says at that strength; and all from this machine."""
+    from playwright.sync_api import expect
+
     page, addresses = browser.new_page(viewport={"width": 1400, "height": 1000}), []
     page.on("request", lambda request: addresses.append(request.url))
     page.goto(page_served.url)
-    answers = page.locator("#chat .bot .prose, #chat .bot [data-testid=bot]")
+    engine = page_served.engine
 
     def ask():
-        before = len(page_served.engine.asked)
+        """The ask behind the chat's answer, once that, the comparison and the curve have come."""
+        before = len(engine.asked)
         page.locator("#message textarea").fill("a short answer?")
         page.locator("button#send").click()
-        page.wait_for_function("[...document.querySelectorAll('#curve svg')].length == 2 || document.querySelector('#curve .hint')")
-        page.wait_for_function(f"document.querySelectorAll('#chat [data-testid=bot]').length >= {1 + len(seen)}")
-        page.wait_for_function("document.querySelectorAll('#curve svg circle, #curve svg use').length >= 14")
-        seen.append(answers.last.inner_text().strip())
-        return page_served.engine.asked[before]
+        until(lambda: len(engine.asked) == before + 1 + 3 + 7 and engine.idle(), 30)
+        asked = engine.asked[before]
+        expect(page.locator("#chat [data-testid=bot]").last).to_have_text(engine.text(asked).strip(), timeout=20000)
+        expect(page.locator("#curve svg")).to_have_count(2, timeout=20000)
+        return asked
 
-    seen: list[str] = []
     first = ask()
     page.locator("#adapter-concise input[type=number]").fill("1.5")
     page.locator("#adapter-concise input[type=number]").press("Enter")
@@ -91,11 +93,10 @@ def test_a_slider_changes_the_answer(page_served, browser):
     ARTIFACT.parent.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=ARTIFACT, full_page=True)
     assert (first.adapters, second.adapters) == ({}, {"concise": 1.5, "harmless": 2.0})
-    assert seen == [page_served.engine.text(first).strip(), page_served.engine.text(second).strip()]
-    assert seen[0] != seen[1]
+    assert engine.text(first) != engine.text(second)
     page.get_by_text("the same request as code").click()
-    page.wait_for_function("document.querySelector('#curl').innerText.includes('\"concise\": 1.5')")
-    assert '"harmless": 2' in page.locator("#curl").inner_text()
+    expect(page.locator("#curl")).to_contain_text('"concise": 1.5', timeout=20000)
+    expect(page.locator("#curl")).to_contain_text('"harmless": 2')
     local = (page_served.url, "data:", "blob:")
     assert [address for address in addresses if not address.startswith(local)] == []
     page.close()

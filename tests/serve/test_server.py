@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import socket
-import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,6 +18,7 @@ httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 from meetjax.adapters.io import save_adapters
 from meetjax.generate.requests import Request, generate_texts
 from tests.conftest import random_bank
+from tests.serve.loopback import until
 
 NAMES = ("lora", "edit")
 STRENGTHS = ((0.0, 0.0), (1.0, 0.0), (-0.5, 1.5), (0.7, 0.7))
@@ -30,22 +31,29 @@ def banks(model):
 
 @pytest.fixture(scope="module")
 def process(model, model_folder, banks, command, tmp_path_factory):
-    """(url, process id) of a server with two adapters; ended by the last test."""
+    """A server with two adapters: its url and pid; the last test ends it."""
     folder = tmp_path_factory.mktemp("adapters")
     for name, bank in banks.items():
         save_adapters(folder / name, bank, base=model.name, fingerprint=model.fingerprint)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     adapters = [f"--adapter={name}={folder / name}" for name in NAMES]
-    started = command.start("serve", "--model", model_folder, *adapters, "--port", port, "--slots", 4, "--capacity", 64, "--no-page")
-    url, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
-    while True:
-        try:
-            httpx.get(url + "/health").raise_for_status()
-            return url, started
-        except httpx.HTTPError:
-            assert time.monotonic() < end, "does not come up"
-            time.sleep(0.1)
+    pid = command.start("serve", "--model", model_folder, *adapters, "--port", port, "--slots", 4, "--capacity", 64, "--no-page")
+    it = types.SimpleNamespace(url=f"http://127.0.0.1:{port}", pid=pid, running=True)
+    try:
+        until(lambda: healthy(it.url), 120)
+        yield it
+    finally:
+        if it.running:
+            os.kill(pid, signal.SIGKILL)
+            command.finish()
+
+
+def healthy(url):
+    try:
+        return httpx.get(url + "/health").status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def test_mixed_company_gets_what_each_gets_alone(process, model, banks):
@@ -57,7 +65,7 @@ def test_mixed_company_gets_what_each_gets_alone(process, model, banks):
     assert len(set(expected)) > 1
 
     def ask(gates):
-        with openai.OpenAI(base_url=process[0] + "/v1", api_key="none", max_retries=0) as client:
+        with openai.OpenAI(base_url=process.url + "/v1", api_key="none", max_retries=0) as client:
             chunks = client.chat.completions.create(
                 model="base", messages=[{"role": "user", "content": "a short answer?"}], temperature=0, max_tokens=12, stream=True,
                 extra_body={"adapters": dict(zip(NAMES, gates, strict=True))},
@@ -66,19 +74,21 @@ def test_mixed_company_gets_what_each_gets_alone(process, model, banks):
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(ask, STRENGTHS)) == expected
-    assert "meetjax_engine_compiles_total 0.0" in httpx.get(process[0] + "/metrics").text
+    assert "meetjax_engine_compiles_total 0.0" in httpx.get(process.url + "/metrics").text
 
 
 def test_sigterm_finishes_what_is_open(process, command):
-    url, number = process
-    body = {"model": "base", "prompt": "the cat", "temperature": 0, "max_tokens": 50}
-    with ThreadPoolExecutor(4) as pool:
-        replies = [pool.submit(httpx.post, url + "/v1/completions", json=body, timeout=60) for _ in range(4)]
-        while "meetjax_engine_active 0.0" in httpx.get(url + "/metrics").text and not all(reply.done() for reply in replies):
-            time.sleep(0.001)
-        os.kill(number, signal.SIGTERM)
-        assert {reply.result().status_code for reply in replies} <= {200}
-    done = command.finish()
-    lines = [json.loads(line) for line in done.err.splitlines()]
-    assert {line["event"] for line in lines} >= {"serving", "request"}
-    assert next(line for line in lines if line.get("adapters"))["request_id"]
+    """A stream that has begun goes on to its end; then the process ends, and its log is JSON, a line a request."""
+    body = {"model": "base", "prompt": "the cat", "temperature": 0, "max_tokens": 50, "stream": True, "adapters": {"edit": 1}}
+    with httpx.stream("POST", process.url + "/v1/completions", json=body, timeout=60) as reply:
+        lines = reply.iter_lines()
+        assert next(lines).startswith("data: ")
+        os.kill(process.pid, signal.SIGTERM)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    done, process.running = command.finish(), False
+    assert done.status in (0, -signal.SIGTERM)
+    logged = [json.loads(line) for line in done.err.splitlines()]
+    assert logged[0]["event"] == "serving"
+    assert logged[-1]["event"] == "request"
+    assert logged[-1].items() >= {"status": 200, "path": "/v1/completions", "adapters": {"edit": 1.0}, "stream": True}.items()
+    assert logged[-1]["completion_tokens"] >= 1
