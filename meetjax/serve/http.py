@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,7 +17,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-import meetjax
 from meetjax.data.records import Message
 from meetjax.errors import MeetjaxError
 from meetjax.generate.requests import encode
@@ -49,7 +49,7 @@ def make_app(engine: Any, model: Model, *, key: str | None = None, body: int = B
 
     body: bytes of a request's body at most; patience: seconds to wait for a client.
     """
-    app = FastAPI(title="meetjax", version=meetjax.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="meetjax", version=version("meetjax"), docs_url=None, redoc_url=None)
     metrics = Metrics(engine.stats)
     service = _Service(engine, model)
     app.add_middleware(Guard, metrics=metrics, key=key, body=body, patience=patience)

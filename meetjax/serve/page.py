@@ -154,11 +154,11 @@ class _Desk:
 
     def compare(self, turns: Turns, name: str | None, first: float, second: float, third: float, *settings: float) -> Iterator[list[Any]]:
         """Three answers to the last prompt, while they are made."""
-        strengths = (first, second, third)
+        strengths = tuple(float(strength or 0.0) for strength in (first, second, third))  # an emptied box is None
         asked, found = self._last(turns, name)
         asks = along(self._ask(asked, settings), found, strengths)
         for trials in run(self.engine, asks, strengths):
-            yield [gr.Textbox(t.error or t.text, label=_heading(found, t)) for t in trials]
+            yield [gr.Textbox(t.error or t.text, label=_heading(t)) for t in trials]
 
     def draw(self, turns: Turns, name: str | None, *settings: float) -> Iterator[str]:
         """Length and log-ratio against strength for the last prompt, greedy, a point as soon as its answer is whole."""
@@ -210,9 +210,9 @@ class _Desk:
         return asked, name
 
 
-def _heading(name: str, trial: Trial) -> str:
+def _heading(trial: Trial) -> str:
     ended = "" if trial.finish is None or trial.error else f" · {len(trial.ids)} tokens"
-    return f"{name} at {trial.strength:g}{ended}"
+    return f"at {trial.strength:g}{ended}"
 
 
 def _curves(name: str, trials: list[Trial], ratios: dict[float, float]) -> str:
