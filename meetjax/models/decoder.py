@@ -275,10 +275,9 @@ def prefill(
     room = capacity - tokens.shape[1]
     blocks, identity = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))), (blocks, identity))
     streams, prompt = _streams(adapters, gates, dial, enters, tokens.shape[0]), getattr(adapters, "prompt", None)
-    own = jax.tree.map(lambda leaf: repeat(leaf, streams), (rows, lengths))
-    return _last(h, lengths), Cache(
-        blocks, identity, make_cells(config, *own, capacity, prompt, kind_gates(adapters, "prompt", streams.gates))
-    )
+    own_rows, own_lengths = jax.tree.map(lambda leaf: repeat(leaf, streams), (rows, lengths))
+    cells = make_cells(config, own_rows, own_lengths, capacity, prompt, kind_gates(adapters, "prompt", streams.gates))
+    return _last(h, lengths), Cache(blocks, identity, cells)
 
 
 def extend(

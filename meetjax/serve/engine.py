@@ -164,13 +164,17 @@ class Engine:
     def stats(self) -> Stats:
         """Figures of now."""
         with self._changed:
-            active = self.slots - len(self._rows.free)
-            steps = median(self._steps) if self._steps else 0.0
             prefix = self._prefix
             return Stats(
-                self.slots, active, len(self._waiting) + (self._prefill is not None), *self._counts.values(), prefix.hits, prefix.misses,
-                prefix.bytes, steps,
-            )  # fmt: skip
+                slots=self.slots,
+                active=self.slots - len(self._rows.free),
+                queued=len(self._waiting) + (self._prefill is not None),
+                **self._counts,
+                prefix_hits=prefix.hits,
+                prefix_misses=prefix.misses,
+                prefix_bytes=prefix.bytes,
+                step_seconds=median(self._steps) if self._steps else 0.0,
+            )
 
     def warm_up(self) -> None:
         """Compiles every program ahead, by running each once."""

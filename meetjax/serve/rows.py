@@ -38,10 +38,10 @@ class Request:
 
 def cell_counts(columns: int, capacity: int) -> list[int]:
     """How many cells a cache may have: powers of two, and what the longest request needs, soft prompts included."""
-    most = columns + -(-capacity // CHUNK) * CHUNK
+    most = -(-(columns + -(-capacity // CHUNK) * CHUNK) // LEAST_CELLS) * LEAST_CELLS
     counts = [LEAST_CELLS]
     while counts[-1] < most:
-        counts.append(min(2 * counts[-1], max(most, LEAST_CELLS)))
+        counts.append(min(2 * counts[-1], most))
     return counts
 
 

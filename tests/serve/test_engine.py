@@ -40,11 +40,31 @@ def random_asks(count, seed=0):
     return asks
 
 
+def short(*args, **options):
+    """A request for at most 8 tokens."""
+    return Ask(*args, **({"max_new_tokens": 8} | options))
+
+
 def answer(stream):
     """The pieces of a whole stream."""
     pieces = list(stream)
     assert stream.error is None, stream.error
     return pieces
+
+
+def assert_same(found, expected):
+    """The same tokens, texts and ends, and log-probabilities to rounding (another place in the batch may add in another order)."""
+
+    def exact(pieces):
+        return [(piece.text, piece.token, tuple(token for token, _ in piece.top), piece.finish) for piece in pieces]
+
+    def logprobs(pieces):
+        return [[piece.logprob, *(value for _, value in piece.top)] for piece in pieces]
+
+    for pieces, others in zip(found, expected, strict=True):
+        assert exact(pieces) == exact(others)
+        if others[0].logprob is not None:
+            assert_close(logprobs(pieces), logprobs(others))
 
 
 def offline(asks, params):
@@ -88,8 +108,8 @@ def test_answers_are_those_of_offline_generation(tiny_model, asks, alone):
     assert len(set(expected)) == len(expected)
 
 
-def test_company_changes_no_bit(engine, asks, alone):
-    """Joining at random times in random orders, from several threads: the same tokens and the same log-probabilities."""
+def test_company_changes_nothing(engine, asks, alone):
+    """Joining at random times in random orders, from several threads."""
     for seed in range(3):
         draw = np.random.default_rng(seed)
         order, pauses, found = draw.permutation(len(asks)), draw.uniform(0, 0.01, len(asks)), {}
@@ -106,13 +126,13 @@ def test_company_changes_no_bit(engine, asks, alone):
             thread.start()
         for thread in threads:
             thread.join()
-        assert [found[n] for n in range(len(asks))] == alone
+        assert_same([found[n] for n in range(len(asks))], alone)
 
 
-def test_a_known_prompt_changes_no_bit(engine, asks, alone):
+def test_a_known_prompt_changes_nothing(engine, asks, alone):
     """By now the blocks of all prompts are known; an engine that keeps none says the same."""
     before = engine.stats().prefix_hits
-    assert [answer(engine.submit(ask)) for ask in asks[3:6]] == alone[3:6]
+    assert_same([answer(engine.submit(ask)) for ask in asks[3:6]], alone[3:6])
     assert engine.stats().prefix_hits - before >= 4
     assert engine.stats().prefix_bytes > 0
 
@@ -120,7 +140,7 @@ def test_a_known_prompt_changes_no_bit(engine, asks, alone):
 def test_a_full_prefix_cache_forgets_the_oldest(make_engine, engine, asks, alone):
     small = make_engine(prefix_cache=60_000)
     found = [answer(small.submit(ask)) for ask in [*asks, *asks]]
-    assert found == [*alone, *alone]
+    assert_same(found, [*alone, *alone])
     assert 0 < small.stats().prefix_bytes <= 60_000 < engine.stats().prefix_bytes
     small.close()
 
@@ -128,7 +148,7 @@ def test_a_full_prefix_cache_forgets_the_oldest(make_engine, engine, asks, alone
 def test_logprobs_are_those_of_the_model(engine, tiny_model):
     ids, gates = (1, *range(30, 39)), np.zeros((1, len(NAMES)), np.float32)
     gates[0, NAMES.index("lora1")] = 0.6
-    pieces = answer(engine.submit(Ask(ids, {"lora1": 0.6}, sampling=Sampling(2.0), seed=5, max_new_tokens=4, logprobs=3)))
+    pieces = answer(engine.submit(short(ids, {"lora1": 0.6}, sampling=Sampling(2.0), seed=5, max_new_tokens=4, logprobs=3)))
     whole = np.asarray([[*ids, *(piece.token for piece in pieces)]], np.int32)
     logits = quick_forward(CONFIG, tiny_model.params, whole, BANK, gates)[0, len(ids) - 1 : -1]
     expected = np.asarray(jax.nn.log_softmax(logits, axis=-1))
@@ -142,25 +162,25 @@ def test_adapters_come_and_go(engine, asks, alone, tmp_path):
     """An adapter of a folder acts when loaded, is finished with when unloaded under a request, and leaves its place empty."""
     bank = take(random_bank(CONFIG, ("lora", "edit"), seed=9), 0)
     folder = save_adapters(tmp_path / "own", bank, base="tiny", fingerprint="fingerprint")
-    base = answer(engine.submit(Ask(HELLO, max_new_tokens=8)))
+    base = answer(engine.submit(short(HELLO)))
     engine.load("own", folder)
     info = engine.adapters["own"]
     assert (info.kinds, info.folder) == (("lora", "edit"), folder)
     assert info.parameters == sum(leaf.size for leaf in jax.tree.leaves(bank))
-    ask = Ask(HELLO, {"own": 1.0}, max_new_tokens=40)
+    ask = short(HELLO, {"own": 1.0}, max_new_tokens=40)
     moved = answer(engine.submit(ask))
-    assert moved[:8] != base
+    assert [piece.token for piece in moved[:8]] != [piece.token for piece in base]
     going = engine.submit(ask)
     engine.unload("own")
     assert "own" not in engine.adapters
     with pytest.raises(MeetjaxError, match=r"'own' is not loaded; expected prompt0 or prompt1"):
         engine.submit(ask)
-    assert answer(going) == moved
+    assert_same([answer(going)], [moved])
     with pytest.raises(MeetjaxError, match=r"adapter own: not loaded"):
         engine.unload("own")
     engine.load("again", folder)
-    assert answer(engine.submit(Ask(HELLO, {"again": 1.0}, max_new_tokens=40))) == moved
-    assert answer(engine.submit(asks[3])) == alone[3]
+    assert_same([answer(engine.submit(short(HELLO, {"again": 1.0}, max_new_tokens=40)))], [moved])
+    assert_same([answer(engine.submit(asks[3]))], alone[3:4])
     engine.unload("again")
 
 
@@ -171,8 +191,8 @@ def test_a_bank_of_several_columns_is_several_adapters(engine):
     engine.unload("edit1")
     engine.put("pair", bank)
     assert {"pair.0", "pair.1"} <= set(engine.adapters)
-    both = [answer(engine.submit(Ask(HELLO, {name: 1.0}, max_new_tokens=8))) for name in ("pair.0", "pair.1")]
-    assert both[0] != both[1]
+    both = [answer(engine.submit(short(HELLO, {name: 1.0}))) for name in ("pair.0", "pair.1")]
+    assert [piece.token for piece in both[0]] != [piece.token for piece in both[1]]
     for name in ("pair.0", "pair.1"):
         engine.unload(name)
     engine.put("edit1", adapter("edit", 1))
@@ -193,25 +213,25 @@ def test_what_does_not_fit_names_the_room(engine):
         engine.put("a@b", random_bank(CONFIG, ("edit",), entries=(0,)))
     engine.put("third", adapter("prompt", 0))
     with pytest.raises(MeetjaxError, match=r"at most 2 at once; found 3"):
-        engine.submit(Ask(HELLO, {"prompt0": 1.0, "prompt1": 0.5, "third": 0.1}))
+        engine.submit(short(HELLO, {"prompt0": 1.0, "prompt1": 0.5, "third": 0.1}))
     engine.unload("third")
 
 
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (Ask(()), "prompt: no token"),
-        (Ask((300,)), "prompt: token; expected 0 to 299; found 300"),
-        (Ask(HELLO, max_new_tokens=0), "max_new_tokens; expected >= 1"),
-        (Ask(HELLO, max_new_tokens=189), "prompt [+] max_new_tokens <= 192 tokens; found 4 [+] 189"),
-        (Ask(HELLO, seed=-1), "seed; expected 0"),
-        (Ask(HELLO, logprobs=9), "logprobs; expected 0 to 8"),
-        (Ask(HELLO, stop=("",)), "stop; expected texts that are not empty"),
-        (Ask(HELLO, {"edit0": float("nan")}), "strength of edit0; expected a number from -100 to 100; found nan"),
-        (Ask(HELLO, {"edit0": 1e30}), "strength of edit0"),
-        (Ask(HELLO, dial=float("inf")), "dial; expected a number"),
-        (Ask(HELLO, {"prompt0": -0.5}), "strength of prompt0, a soft prompt; expected >= 0"),
-        (Ask(HELLO, {"other": 0.5}), "'other' is not loaded"),
+        (short(()), "prompt: no token"),
+        (short((300,)), "prompt: token; expected 0 to 299; found 300"),
+        (short(HELLO, max_new_tokens=0), "max_new_tokens; expected >= 1"),
+        (short(HELLO, max_new_tokens=189), "prompt [+] max_new_tokens <= 192 tokens; found 4 [+] 189"),
+        (short(HELLO, seed=-1), "seed; expected 0"),
+        (short(HELLO, logprobs=9), "logprobs; expected 0 to 8"),
+        (short(HELLO, stop=("",)), "stop; expected texts that are not empty"),
+        (short(HELLO, {"edit0": float("nan")}), "strength of edit0; expected a number from -100 to 100; found nan"),
+        (short(HELLO, {"edit0": 1e30}), "strength of edit0"),
+        (short(HELLO, dial=float("inf")), "dial; expected a number"),
+        (short(HELLO, {"prompt0": -0.5}), "strength of prompt0, a soft prompt; expected >= 0"),
+        (short(HELLO, {"other": 0.5}), "'other' is not loaded"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(engine, ask, message):
@@ -223,16 +243,16 @@ def test_a_request_fails_alone(engine, asks, alone):
     """Logits that are not finite end the request that asked for them; its neighbours and the next in its row do not notice."""
     bad = random_bank(CONFIG, ("edit",), entries=(0,))
     engine.put("bad", jax.tree.map(lambda leaf: np.full_like(leaf, 3e38), bad))
-    streams = [engine.submit(ask) for ask in (asks[5], Ask(HELLO, {"bad": 50.0}), asks[4], asks[3])]
+    streams = [engine.submit(ask) for ask in (asks[5], short(HELLO, {"bad": 50.0}), asks[4], asks[3])]
     assert [list(stream)[-1].finish for stream in streams[1:2]] == ["error"]
     assert "not finite" in streams[1].error
-    assert [answer(streams[n]) for n in (0, 2, 3)] == [alone[n] for n in (5, 4, 3)]
+    assert_same([answer(streams[n]) for n in (0, 2, 3)], [alone[n] for n in (5, 4, 3)])
     engine.unload("bad")
-    assert [answer(engine.submit(ask)) for ask in asks[:6]] == alone[:6]
+    assert_same([answer(engine.submit(ask)) for ask in asks[:6]], alone[:6])
 
 
 def test_cancelling_frees_the_row(engine):
-    stream = engine.submit(Ask(HELLO, {"edit0": 1.0}, dial=0.5, max_new_tokens=150, logprobs=1))
+    stream = engine.submit(short(HELLO, {"edit0": 1.0}, dial=0.5, max_new_tokens=150, logprobs=1))
     assert next(stream).token is not None
     stream.cancel()
     rest = list(stream)
@@ -248,27 +268,27 @@ def test_streams_are_read_asynchronously(engine, asks, alone):
     async def all_of_them():
         return await asyncio.gather(*(read(ask) for ask in asks))
 
-    assert asyncio.run(all_of_them()) == alone
+    assert_same(asyncio.run(all_of_them()), alone)
 
 
 def test_nothing_was_compiled_since_the_start(engine):
     """Last of those that share the engine: requests, adapters and failures of every sort were data."""
     stats = engine.stats()
     assert stats.compiles == 0
-    assert stats.done > 100
+    assert stats.done > 60
     assert (stats.active, stats.queued) == (0, 0)
 
 
 def test_a_full_queue_refuses(make_engine, monkeypatch):
     engine = make_engine(queue=2)
-    monkeypatch.setattr(engine, "_next_prefill", lambda: time.sleep(0.001))
-    waiting = [engine.submit(Ask(HELLO, max_new_tokens=2)) for _ in range(2)]
+    monkeypatch.setattr(engine, "_next_prefill", lambda: engine._changed.wait(0.01))
+    waiting = [engine.submit(short(HELLO, max_new_tokens=2)) for _ in range(2)]
     with pytest.raises(QueueFull) as caught:
-        engine.submit(Ask(HELLO))
+        engine.submit(short(HELLO))
     assert 1 <= caught.value.retry_after <= 60
     waiting[0].cancel()
     assert [piece.finish for piece in waiting[0]] == ["cancelled"]
-    waiting.append(engine.submit(Ask(HELLO, max_new_tokens=2)))
+    waiting.append(engine.submit(short(HELLO, max_new_tokens=2)))
     monkeypatch.undo()
     assert [answer(stream)[-1].finish for stream in waiting[1:]] == ["length", "length"]
     engine.close()
@@ -281,12 +301,12 @@ def test_a_crash_fails_every_stream(make_engine, monkeypatch, caplog):
         raise RuntimeError("no device")
 
     monkeypatch.setattr(engine._rows, "step", broken)
-    streams = [engine.submit(Ask(HELLO)) for _ in range(6)]
+    streams = [engine.submit(short(HELLO)) for _ in range(6)]
     for stream in streams:
         assert list(stream)[-1].finish == "error"
         assert stream.error == "the engine stopped: RuntimeError: no device"
     with pytest.raises(MeetjaxError, match=r"the engine stopped: RuntimeError: no device"):
-        engine.submit(Ask(HELLO))
+        engine.submit(short(HELLO))
     with pytest.raises(MeetjaxError, match=r"the engine stopped"):
         engine.unload("edit0")
     assert "the engine stopped" in caplog.text
@@ -294,18 +314,18 @@ def test_a_crash_fails_every_stream(make_engine, monkeypatch, caplog):
 
 def test_draining_finishes_what_is_open(make_engine):
     engine = make_engine()
-    streams = [engine.submit(Ask(HELLO, max_new_tokens=20)) for _ in range(6)]
+    streams = [engine.submit(short(HELLO, max_new_tokens=20)) for _ in range(6)]
     engine.drain(60)
     assert all(stream.finished for stream in streams)
     with pytest.raises(MeetjaxError, match=r"the engine is shutting down"):
-        engine.submit(Ask(HELLO))
+        engine.submit(short(HELLO))
     engine.close()
     assert [answer(stream)[-1].finish for stream in streams] == ["length"] * 6
 
 
 def test_closing_fails_what_is_open(make_engine):
     engine = make_engine()
-    streams = [engine.submit(Ask(HELLO, max_new_tokens=150)) for _ in range(6)]
+    streams = [engine.submit(short(HELLO, max_new_tokens=150)) for _ in range(6)]
     engine.close()
     assert [list(stream)[-1].finish for stream in streams][-1] == "error"
     assert streams[-1].error == "the engine was closed before this request ended"
@@ -314,7 +334,7 @@ def test_closing_fails_what_is_open(make_engine):
 def test_an_engine_without_room_is_the_base_model(tiny_model, engine):
     """No bank at all."""
     bare = Engine(tiny_model, slots=4, capacity=CAPACITY, room=Room(0, 0, 0, 0, 0, (), 0, ()))
-    assert answer(bare.submit(Ask(HELLO, max_new_tokens=8))) == answer(engine.submit(Ask(HELLO, max_new_tokens=8)))
+    assert answer(bare.submit(short(HELLO))) == answer(engine.submit(short(HELLO)))
     with pytest.raises(MeetjaxError, match=r"Room.edits of 1 or more; found 0; raise Room.edits"):
         bare.put("edit", random_bank(CONFIG, ("edit",), entries=(0,)))
     bare.close()
@@ -324,7 +344,8 @@ def test_bad_engines_are_refused(tiny_model):
     for options, message in (
         ({"capacity": 257}, "capacity; expected 2 to 256 tokens; found 257"),
         ({"slots": 0}, "slots; expected >= 1"),
-        ({"room": Room(lora_sites=("q", "nose"))}, "unknown site nose"),
     ):
         with pytest.raises(MeetjaxError, match=message):
             Engine(tiny_model, **({"capacity": 64} | options))
+    with pytest.raises(MeetjaxError, match=r"room: lora: unknown site nose"):
+        Room(lora_sites=("q", "nose"))
