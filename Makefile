@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 DATA ?= Anthropic/hh-rlhf:harmless-base
 
-.PHONY: demo test check parity bench load fuzz results setup setup-parity
+.PHONY: demo test check parity notebook bench load fuzz results setup setup-parity setup-notebook
 
 demo: setup
 	$(BIN)/meetjax demo
@@ -19,6 +19,9 @@ check: setup
 
 parity: setup-parity
 	$(BIN)/python -m pytest tests/parity
+
+notebook: setup-notebook
+	MEETJAX_STEPS=2 MEETJAX_LONGEST=24 $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 experiments/colab_demo.ipynb
 
 bench: setup-parity
 	$(BIN)/python experiments/bench/bench.py --data $(DATA)
@@ -36,6 +39,8 @@ setup: .venv/installed
 
 setup-parity: .venv/installed-parity
 
+setup-notebook: .venv/installed-notebook
+
 .venv/installed: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -44,4 +49,8 @@ setup-parity: .venv/installed-parity
 
 .venv/installed-parity: .venv/installed requirements-parity.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-parity.txt
+	touch $@
+
+.venv/installed-notebook: .venv/installed requirements-notebook.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-notebook.txt
 	touch $@

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,16 @@ from meetjax.errors import MeetjaxError
 from meetjax.evaluate.drift import drift
 from meetjax.evaluate.preference import accuracy, base_logps, row_logps, row_rewards, shorter_accuracy
 from meetjax.evaluate.report import write_summary
-from meetjax.models.fingerprint import fingerprint
+from meetjax.models.fingerprint import file_digest, fingerprint
 from meetjax.models.load import Model, load
 from meetjax.models.save import check_writable, save_model
-from meetjax.models.sources import cache_dir
+from meetjax.models.sources import cache_dir, find_source
+from meetjax.train import hosts
 from meetjax.train.fit import fit
 from meetjax.train.metrics import peak_rss_gb
 from meetjax.train.reference import Reference
-from meetjax.train.sharding import base_shardings, make_mesh
-from meetjax.train.stage import Recipe, Stage, check_recipe, resolved
+from meetjax.train.sharding import base_shardings, check_batch, make_mesh
+from meetjax.train.stage import Recipe, Stage, Train, check_recipe, resolved
 from meetjax.train.view import Split, check_columns, read_rows
 
 
@@ -46,24 +49,38 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
 
     A run that was interrupted goes on where its last checkpoint stands. Returns the summary. Raises MeetjaxError for a
     recipe, data, model or folder that cannot be used, and when training diverges; Interrupted after SIGTERM.
+
+    Several hosts (`meetjax.launch`) call it alike and see the same files; each reads its rows and its part of the weights, the first
+    one prints and writes. What one of them raises before and after training, all raise.
     """
     begun, console = time.monotonic(), console or Console()
-    check_recipe(recipe)
+    if not hosts.writes():
+        console = Console(quiet=True)
+    with hosts.together("recipe"):
+        check_recipe(recipe)
+    hosts.agree("recipe", resolved(recipe) | {"meetjax": version("meetjax"), "jax": jax.__version__})
     changes_base = any("base" in stage.trains or stage.absorb for stage in recipe.stages)
     out = Path(recipe.out or f"runs/{recipe.name}")
     mesh = make_mesh(recipe.train.mesh)
+    check_batch(recipe.train.batch_size, mesh)
+    _check_hosts(recipe, mesh, out)
     console.print(f"{recipe.name}: {recipe.model} -> {out}")
-    loaded = load(recipe.model, dtype=recipe.dtype, shardings=lambda config: base_shardings(config, mesh))
+    with hosts.together("base"):
+        loaded = load(recipe.model, dtype=recipe.dtype, shardings=lambda config: base_shardings(config, mesh))
     loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, dtype=recipe.dtype))
     if recipe.data.max_length > loaded.config.max_position:
         expected = f"at most {loaded.config.max_position}, the positions of {loaded.name}"
         raise MeetjaxError("recipe: data.max_length", expected=expected, found=recipe.data.max_length)
     if changes_base:
         check_writable(loaded.config, out / "model")  # hours before it is needed
+    spread = mesh if mesh.size > 1 else None
     splits: dict[Any, Split] = {}
-    for stage in recipe.stages:
-        if _seen(stage) not in splits:
-            splits[_seen(stage)] = read_rows(recipe.data, stage, loaded.tokenizer, console)
+    with hosts.together("data"):
+        for stage in recipe.stages:
+            if _seen(stage) not in splits:
+                splits[_seen(stage)] = read_rows(recipe.data, stage, loaded.tokenizer, console)
+    hosts.agree("data", [_digest(table) for split in splits.values() for table in split[:3] if table is not None])
+    _rehearse(recipe, loaded, splits)
     judged = splits[_seen(recipe.stages[-1])]
     model, reference, untrained, bank, teacher = loaded, open_reference(loaded), None, Bank(), None
     if not recipe.evaluation.prompts:
@@ -71,15 +88,13 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     for i, stage in enumerate(recipe.stages):
         split = splits[_seen(stage)]
         if stage.absorb:
-            check_gates(bank, np.asarray([stage.absorb], np.float32), 1)
             teacher = bank
         if untrained is None and judged.held_out is not None and (stage.absorb or "base" in stage.trains):
-            untrained = base_logps(reference, judged.held_out, judged.buckets)  # while the loaded weights are here
+            untrained = base_logps(reference, judged.held_out, judged.buckets, mesh=spread)  # while the loaded weights are here
         if stage.absorb:
             model, bank = merge_model(model, bank, stage.absorb), Bank()
             reference = Reference(model.config, model.params)
-        bank = _with_new_kinds(bank, stage, model, recipe.train.seed)
-        check_columns(bank, split.train, f"stages.{i}")
+        bank = _joined(bank, _new_kinds(bank, stage, model, recipe.train.seed))
         params, bank = fit(
             model.config, model.params, bank, split.train, stage, recipe.train, out / f"stage-{i}",
             buckets=split.buckets, mesh=mesh, identity=_identity(recipe, model, i), teacher=teacher, remat=recipe.remat,
@@ -99,22 +114,46 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
         model = dataclasses.replace(model, name=str(out / "model"), fingerprint=fingerprint(model.config, model.params))
         console.print(f"wrote {save_model(model, out / 'model')}")
     if kinds(bank):
-        save_adapters(out / "adapters", bank, base=model.name, fingerprint=model.fingerprint, recipe=resolved(recipe))
+        with hosts.together("adapters"):
+            if hosts.writes():
+                save_adapters(out / "adapters", bank, base=model.name, fingerprint=model.fingerprint, recipe=resolved(recipe))
     if judged.held_out is not None:
         console.print(f"evaluating on {len(judged.held_out):,} held-out rows")
         rewarded = getattr(recipe.stages[-1].objective, "reads_rewards", False)
         score = row_rewards if rewarded else row_logps
-        policy = score(model.config, model.params, bank, judged.held_out, judged.buckets)
+        policy = score(model.config, model.params, bank, judged.held_out, judged.buckets, mesh=spread)
         if untrained is None:
-            untrained = base_logps(reference, judged.held_out, judged.buckets)
-        contrast = None if judged.contrast is None else row_logps(model.config, model.params, bank, judged.contrast, judged.buckets)
+            untrained = base_logps(reference, judged.held_out, judged.buckets, mesh=spread)
+        contrast = None
+        if judged.contrast is not None:
+            contrast = row_logps(model.config, model.params, bank, judged.contrast, judged.buckets, mesh=spread)
         summary |= held_out(untrained, policy, judged.held_out, np.zeros_like(policy) if rewarded else contrast)
     if recipe.evaluation.prompts:
         summary |= _moved(recipe, model, loaded, bank, judged, console)
     summary |= {"wall_s": round(time.monotonic() - begun, 1), "cpu_s": round(time.process_time(), 1)}
     summary["peak_rss_gb"] = round(peak_rss_gb(), 3)
-    console.print(f"wrote {write_summary(summary, out)}")
+    with hosts.together("summary"):
+        if hosts.writes():
+            console.print(f"wrote {write_summary(summary, out)}")
     return summary
+
+
+def _digest(rows: Rows) -> str:
+    return f"{len(rows)} rows, {hashlib.sha256(''.join(rows.hashes).encode()).hexdigest()[:12]}"
+
+
+def _check_hosts(recipe: Recipe, mesh: jax.sharding.Mesh, out: Path) -> None:
+    """What can only go wrong with several hosts, before anything is loaded. Raises MeetjaxError on all of them."""
+    if jax.process_count() == 1:
+        return
+    hosts.share_of(mesh)
+    if recipe.evaluation.prompts or any("base" in stage.trains or stage.absorb for stage in recipe.stages):
+        expected = "adapters to train, and evaluation.prompts=0"
+        raise MeetjaxError("recipe: on several hosts", expected=expected, found="a base that changes, or prompts to answer")
+    hosts.check_shared(out)
+    with hosts.together("base"):
+        found = file_digest(find_source(recipe.model).path)
+    hosts.agree("base", found)
 
 
 def _count_trained(recipe: Recipe, model: Model, bank: Bank, teacher: Bank | None) -> int:
@@ -133,12 +172,32 @@ def _moved(recipe: Recipe, model: Model, loaded: Model, bank: Bank, judged: Spli
     return drift(model, loaded, bank, prompts, gates=gates, marker=marker, max_new_tokens=recipe.evaluation.max_new_tokens)
 
 
-def _with_new_kinds(bank: Bank, stage: Stage, model: Model, seed: int) -> Bank:
-    """The bank with the kinds that this stage is the first to train; what an earlier stage trained is continued."""
+def _new_kinds(bank: Bank, stage: Stage, model: Model, seed: int) -> Bank:
+    """The kinds that this stage is the first to train; what an earlier stage trained is continued."""
     new = tuple(spec for spec in stage.trains if spec != "base" and getattr(bank, KIND_OF[type(spec)]) is None)
     wide = max(stage.view.controls, 1)
-    made = init_bank(model.config, model.params, new, model.tokenizer, jax.random.key(seed), wide) if new else Bank()
+    return init_bank(model.config, model.params, new, model.tokenizer, jax.random.key(seed), wide) if new else Bank()
+
+
+def _joined(bank: Bank, made: Bank) -> Bank:
     return Bank(**{kind: getattr(bank, kind) or getattr(made, kind) for kind in KINDS})
+
+
+def _rehearse(recipe: Recipe, model: Model, splits: dict[Any, Split]) -> None:
+    """Raises MeetjaxError now for what would end a later stage: a layer that the model lacks, gates for other columns than there are."""
+    bank, layers = Bank(), model.config.layers
+    for i, stage in enumerate(recipe.stages):
+        if stage.absorb:
+            check_gates(bank, np.asarray([stage.absorb], np.float32), 1)
+            bank = Bank()
+        made: Any = jax.eval_shape(
+            lambda params, bank=bank, stage=stage: _new_kinds(bank, stage, dataclasses.replace(model, params=params), 0), model.params
+        )
+        bank = _joined(bank, made)
+        check_columns(bank, splits[_seen(stage)].train, f"stages.{i}")
+        taps = getattr(stage.objective, "taps", (1,))
+        if min(taps, default=0) < 0 or not 1 <= max(taps, default=0) <= layers:
+            raise MeetjaxError(f"recipe: stages.{i}.objective.taps", expected=f"0 to {layers}, one of them above 0", found=taps)
 
 
 def open_reference(model: Model) -> Reference:
@@ -179,6 +238,6 @@ def held_out(
 
 
 def _identity(recipe: Recipe, model: Model, stage: int) -> dict[str, Any]:
-    """What a checkpoint must agree with to be continued: everything but where the results go."""
-    facts = resolved(dataclasses.replace(recipe, out=""))
+    """What a checkpoint must agree with to be continued: everything but where the results go, and on which devices they are made."""
+    facts = resolved(dataclasses.replace(recipe, out="", train=dataclasses.replace(recipe.train, mesh=Train().mesh)))
     return {"stage": stage, "fingerprint": model.fingerprint, "recipe": facts}

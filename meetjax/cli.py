@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -20,13 +20,22 @@ from meetjax.errors import MeetjaxError
 def align(
     file: Annotated[Path, tyro.conf.Positional],
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FIELD=VALUE")] = (),
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
 ) -> None:
-    """Train the recipe of a file with get_config().
+    """Train the recipe of a file with get_config(), on one host or, started alike on each of them, on several.
 
     Args:
         file: an experiment, such as experiments/edit_dpo_hh.py.
         set: change a field of the recipe, such as train.steps=50 or out=runs/mine; may be repeated.
+        coordinator: HOST:PORT of process 0 of several; not needed on Cloud TPU, GKE and Slurm, which are recognised.
+        processes: how many processes take part.
+        process: which of them this is, from 0.
     """
+    from meetjax.launch import join_hosts
+
+    join_hosts(coordinator, processes, process)
     from meetjax.align import align as run
     from meetjax.train.stage import Recipe, override
 
@@ -105,6 +114,108 @@ def generate(
             gates, dial = at_strength(bank, 1.0 if strength is None else strength)
     request = Request(prompt, system=system, gates=gates, dial=dial, sampling=sampling, seed=seed)
     print(generate_texts(loaded, [request], adapters=bank, max_new_tokens=max_new_tokens)[0].text)
+
+
+def chat(
+    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=DIR")] = (),
+    model: str = "smollm2-135m-instruct",
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Talk to a model, with a dial for every adapter: /set NAME STRENGTH.
+
+    Args:
+        adapter: name and folder of a trained adapter; may be repeated.
+        model: hub id, folder, .gguf file or smollm2-135m-instruct.
+        max_new_tokens: limit of an answer in tokens.
+        temperature: 0 is greedy.
+        top_k: sample among the k most likely tokens (0: all).
+        top_p: sample among the smallest set of tokens with this mass.
+        seed: of the sampling.
+    """
+    from rich.console import Console
+
+    from meetjax.chat import Chat, named_folders, talk
+    from meetjax.generate.sampling import Sampling
+    from meetjax.models.load import load
+
+    folders, sampling = named_folders(adapter), Sampling(temperature, top_k, top_p)
+    talk(Chat(load(model), folders, sampling=sampling, seed=seed, max_new_tokens=max_new_tokens), Console())
+
+
+def sweep(
+    adapter: Path,
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction],
+    strengths: str = "-1:2:0.25",
+    out: Path = Path("runs/sweep"),
+    model: str = "smollm2-135m-instruct",
+    max_new_tokens: int = 128,
+) -> None:
+    """Answer prompts at every strength of an adapter, in one batch; draw length and distance from the base against strength.
+
+    Args:
+        adapter: folder of a trained adapter.
+        prompt: a user's message; may be repeated.
+        strengths: first:last:step, both ends included, or some of them: 0,0.5,1.
+        out: folder for sweep.csv and sweep.svg.
+        model: hub id, folder, .gguf file or smollm2-135m-instruct.
+        max_new_tokens: limit of an answer in tokens.
+    """
+    from rich.console import Console
+
+    from meetjax.adapters.io import load_adapters
+    from meetjax.models.load import load
+    from meetjax.sweep import parse_strengths, show, sweep_prompts, write
+
+    wanted = parse_strengths(strengths)
+    loaded = load(model)
+    points = sweep_prompts(loaded, load_adapters(adapter, loaded.fingerprint), prompt, wanted, max_new_tokens)
+    show(points, Console())
+    print(f"wrote {write(points, out)}")
+
+
+def export(
+    adapter: Annotated[Path, tyro.conf.Positional],
+    to: Literal["peft", "merged", "gguf-vector", "prompt-embeds"],
+    out: Path,
+    model: str = "smollm2-135m-instruct",
+    strength: tuple[float, ...] = (),
+) -> None:
+    """Write an adapter in a form that other programs read, and compare the logits that they compute from it.
+
+    Args:
+        adapter: folder of a trained adapter.
+        to: a peft adapter (LoRA, soft prompt), a merged Hugging Face model (LoRA, edits), a control vector for llama.cpp (biases
+            at down), or embeddings for servers that take them (soft prompt).
+        out: a new folder.
+        model: the base: hub id, folder, .gguf file or smollm2-135m-instruct.
+        strength: of the adapter, fixed in what is written; or one for each of its gate columns.
+    """
+    from meetjax.export import export_adapter
+
+    proof = export_adapter(adapter, to, out, model, strength)
+    print(f"wrote {out}\n{proof}")
+
+
+def import_(
+    folder: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    model: str = "smollm2-135m-instruct",
+) -> None:
+    """Read a LoRA or a soft prompt that peft has saved.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors.
+        out: a new folder for the adapter.
+        model: the base it was trained on: hub id, folder, .gguf file or smollm2-135m-instruct.
+    """
+    from meetjax.export import import_adapter
+
+    proof = import_adapter(folder, out, model)
+    print(f"wrote {out}\n{proof}")
 
 
 def demo(out: Path = Path("runs/demo")) -> None:
@@ -192,17 +303,22 @@ def _told_where(file: Path, call: Callable[[], Any]) -> Any:
         raise MeetjaxError(f"{file}{f':{line}' if line else ''}: cannot be run", found=f"{type(error).__name__}: {error}") from error
 
 
-COMMANDS = {function.__name__: function for function in (align, grid, generate, serve, demo, selftest)}
+COMMANDS = {
+    function.__name__.rstrip("_"): function for function in (align, grid, generate, serve, chat, sweep, export, import_, demo, selftest)
+}
 
 
 def main() -> None:
-    """Runs a sub-command. Exit status 2 for bad input (one line on stderr, a traceback only with --debug), 143 after SIGTERM."""
+    """Runs a sub-command. Exit status 2 for bad input (one line on stderr, a traceback only with --debug), 143 after SIGTERM,
+    75 when another host of the run is gone.
+    """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import jax
 
+    from meetjax.launch import fail, leave
     from meetjax.models.sources import cache_dir
     from meetjax.train.fit import Interrupted
 
@@ -216,13 +332,15 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
-        sys.exit(143)
+        leave(143)
     except KeyboardInterrupt:
         print("interrupted; the last checkpoint stands, run the same command to go on", file=sys.stderr)
-        sys.exit(130)
+        leave(130)
+    except Exception as error:
+        fail(error)
 
 
 if __name__ == "__main__":

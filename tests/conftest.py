@@ -15,8 +15,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import dataclasses
 import functools
 import json
+import signal
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from transformers import PreTrainedTokenizerFast
 
 import meetjax.train.fit as fit_module
 from meetjax.adapters.tree import KINDS, Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt, Reward, entry_axis
+from meetjax.generate import decode
 from meetjax.models import sites
 from meetjax.models.config import ModelConfig, RopeScaling, from_hf
 from meetjax.models.decoder import apply, init_params
@@ -320,7 +323,8 @@ def model(model_folder):
 def command(tmp_path_factory):
     """Runs the `meetjax` command line in processes of their own: `command(*arguments)` -> (status, stdout, stderr).
 
-    `command.start(*arguments)` returns the process id at once, `command.finish()` waits and returns the three. One at a time.
+    `command.start(*arguments)` returns the process id at once, `command.finish(pid)` waits and returns the three; without a pid, of
+    the last one started. What has not ended after `limit` seconds is killed. A process has `devices` CPU devices.
     The processes are forks of one that has imported everything and started nothing, which saves six seconds each.
     """
     output = tmp_path_factory.mktemp("command")
@@ -330,15 +334,29 @@ def command(tmp_path_factory):
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=output, env=environment,
     )  # fmt: skip
 
-    def start(*arguments):
-        request = {"arguments": [str(argument) for argument in arguments], "stdout": str(output / "out"), "stderr": str(output / "err")}
+    started = {}
+
+    def ask(request):
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         return int(server.stdout.readline())
 
-    def finish():
-        status = int(server.stdout.readline())
-        return types.SimpleNamespace(status=status, out=(output / "out").read_text(), err=(output / "err").read_text())
+    def start(*arguments, devices=1, folder=output, limit=300, **environment):
+        files = [output / f"{len(started)}.{name}" for name in ("out", "err")]
+        request = {"arguments": [str(argument) for argument in arguments], "stdout": str(files[0]), "stderr": str(files[1])}
+        pid = ask(request | {"devices": devices, "folder": str(folder), "environment": environment})
+        killer = threading.Timer(limit, os.kill, (pid, signal.SIGKILL))
+        killer.daemon = True
+        killer.start()
+        started[pid] = *files, killer
+        return pid
+
+    def finish(pid=None):
+        pid = pid or list(started)[-1]
+        status = ask(pid)
+        out, err, killer = started[pid]
+        killer.cancel()
+        return types.SimpleNamespace(status=status, out=out.read_text(), err=err.read_text())
 
     def run(*arguments):
         start(*arguments)
@@ -363,6 +381,23 @@ def quick_training():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit_module, "make_optimizer", functools.cache(make_optimizer))
         patch.setattr(fit_module, "make_step", quick_step)
+        yield
+
+
+@functools.cache
+def quick_programs():
+    """`first_token` and `next_token` compiled quickly, one pair for all modules."""
+    first = jax.jit(decode.first_token.__wrapped__, static_argnums=(0, 5), compiler_options=QUICK)
+    return first, jax.jit(decode.next_token.__wrapped__, static_argnums=0, donate_argnums=2, compiler_options=QUICK)
+
+
+@pytest.fixture(scope="module")
+def quick_generation():
+    """Generation in this process runs `quick_programs`. The command line runs it as users do."""
+    first, following = quick_programs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "first_token", first)
+        patch.setattr(decode, "next_token", following)
         yield
 
 

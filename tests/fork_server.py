@@ -1,4 +1,5 @@
-"""Runs `meetjax` command lines, one a line of stdin, each in a fork of this process; answers with its process id, then its status.
+"""Runs `meetjax` command lines, one a line of stdin, each in a fork of this process, and answers with its process id; a line with a
+process id waits for that process and answers with its status.
 
 Everything is imported before the first fork and nothing is started: a fork is a fresh process without the seconds of importing.
 """
@@ -10,6 +11,7 @@ import os
 import sys
 
 import grain
+import jax
 import transformers
 
 import meetjax.align
@@ -21,11 +23,16 @@ PRELOADED = (grain, meetjax.align, meetjax.generate.requests, transformers.AutoT
 
 for line in sys.stdin:
     request = json.loads(line)
+    if isinstance(request, int):
+        print(os.waitstatus_to_exitcode(os.waitpid(request, 0)[1]), flush=True)
+        continue
     if (pid := os.fork()) == 0:
         for number, path in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), number)
+        os.chdir(request["folder"])
+        os.environ |= request["environment"]
+        jax.config.update("jax_num_cpu_devices", request["devices"])
         sys.argv = ["meetjax", *request["arguments"]]
         meetjax.cli.main()
         sys.exit()
     print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

@@ -279,7 +279,7 @@ def test_debug_shows_a_traceback(inside):
 def test_help_names_every_command(inside):
     done = inside("--help")
     assert done.status == 0
-    assert all(name in done.out for name in ("align", "generate", "demo", "selftest"))
+    assert all(name in done.out for name in ("align", "generate", "chat", "sweep", "export", "import", "demo", "selftest"))
 
 
 def test_installed_command(tmp_path):

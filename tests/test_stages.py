@@ -16,6 +16,7 @@ from rich.console import Console
 import meetjax.evaluate.preference as preference_module
 import meetjax.train.reference as reference_module
 from meetjax.adapters.algebra import merge_model
+from meetjax.adapters.identity import IdentitySpec
 from meetjax.adapters.io import load_adapters
 from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.prompt import PromptSpec
@@ -171,11 +172,17 @@ def test_figa_runs_on_pairs(run):
     assert rows[-1]["nll/new"] < rows[0]["nll/new"] and 0 <= rows[0]["kept/dropped"] <= 1 and "held_out_accuracy" in summary
 
 
-def test_what_stages_cannot_be_is_told(run):
+def test_what_stages_cannot_be_is_told_before_the_first_trains(run, monkeypatch):
+    monkeypatch.setattr("meetjax.align.fit", lambda *_, **__: pytest.fail("a stage began"))
     for stages, message in [
         ((STAGE_1, Stage((LORA,), Dpo())), r"recipe: stages\.1\.view; expected gates for 2 columns"),
-        ((STAGE_1, Stage((LORA,), Dpo(), absorb=(1.0,))), r"gates: shape; expected \(1, 2\)"),
+        ((TEACHERS, Stage((LORA,), Dpo(), absorb=(1.0,))), r"gates: shape; expected \(1, 2\)"),
         ((Stage((LORA,), Rahf((9,)), Optim(), BOTH_WAYS),), "taps; expected 0 to 2, one of them above 0; found"),
+        (
+            (TEACHERS, Stage((LORA,), Rahf((1, 9)), Optim(), BOTH_WAYS, absorb=(0.0, 1.0))),
+            r"stages\.1\.objective\.taps; expected 0 to 2, .* found \(1, 9\)",
+        ),
+        ((TEACHERS, Stage((IdentitySpec(layer=9),), Dpo())), "identity: layer; expected -2 to 1; found 9"),
         ((Stage((LORA,), Rahf((1,))),), r"view\.instructions; expected two texts"),
         ((Stage((LORA,), ConditionalSft(), Optim(), View(controls=2, keep=(2,))),), "view.keep; expected classes among 0, 1; found 2"),
     ]:

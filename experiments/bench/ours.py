@@ -22,8 +22,8 @@ from worker import serve
 
 from meetjax.adapters.bank import init_bank
 from meetjax.adapters.edit import EditSpec
-from meetjax.adapters.io import lora_to_peft
 from meetjax.adapters.lora import LoraSpec
+from meetjax.adapters.peft import lora_to_peft
 from meetjax.adapters.prompt import PromptSpec
 from meetjax.data.loader import Plan, make_batches, pad_batch
 from meetjax.data.tokenize import answer_ids, laid_lengths

@@ -83,6 +83,39 @@ def mix(banks: Sequence[Bank], weights: Sequence[float]) -> Bank:
     )
 
 
+def fold(bank: Bank, gates: Sequence[float]) -> Bank:
+    """A bank of one adapter a kind that acts at gate 1 as this one does at `gates`, one a column.
+
+    LoRAs are concatenated along the rank with their gates in b, edits add, and of soft prompts the one that is on is left, without
+    its empty slots. Raises MeetjaxError for a soft prompt between off and on, for two that are on, and for identity and reward.
+    """
+    for kind in ("identity", "reward"):
+        if getattr(bank, kind) is not None:
+            raise MeetjaxError(f"fold: {kind}", expected="lora, edit or prompt", fix=f"keep {kind} as an adapter")
+    lora, edit, prompt = bank.lora, bank.edit, None
+    if lora is not None:
+        strength = jnp.asarray([gates[entry] for entry in lora.entries], jnp.float32)[None, :, None, None]
+
+        def whole(site: LoraSite) -> LoraSite:
+            a, b = jnp.moveaxis(site.a, 1, 2), site.b * strength
+            return LoraSite(a.reshape(*a.shape[:2], -1)[:, None], b.reshape(b.shape[0], 1, -1, b.shape[3]))
+
+        lora = dataclasses.replace(_each_site(lora, whole), entries=(0,))
+    if edit is not None:
+        strength = jnp.asarray([gates[entry] for entry in edit.entries], jnp.float32)[None, :, None]
+        total = _each_site(edit, lambda site: EditSite(*(jnp.sum(v * strength, axis=1, keepdims=True) for v in (site.s, site.t))))
+        edit = dataclasses.replace(total, entries=(0,))
+    if bank.prompt is not None:
+        on = [(i, gates[entry]) for i, entry in enumerate(bank.prompt.entries) if gates[entry] != 0]
+        if [gate for _, gate in on] not in ([], [1.0]):
+            what = "fold: a soft prompt is whole or not there (its gate is in the attention, not in its vectors)"
+            raise MeetjaxError(what, expected="one at strength 1", found=[gate for _, gate in on], fix="keep it as an adapter")
+        for i, _ in on:
+            vectors = bank.prompt.vectors[i]
+            prompt = Prompt(vectors[jnp.any(vectors != 0, axis=1)][None])
+    return Bank(prompt=prompt, lora=lora, edit=edit)
+
+
 def merge(config: ModelConfig, params: Params, bank: Bank, gates: Sequence[float] | None = None) -> tuple[ModelConfig, Params]:
     """The base with LoRA and edits folded in: W' = (W + g scale a b) diag(1 + g s), b' = b (1 + g s) + g t.
 

@@ -1,4 +1,4 @@
-"""Adapters on disk: a safetensors file of the bank alone beside a manifest, and LoRA in PEFT's names.
+"""Adapters on disk: a safetensors file of the bank alone beside a manifest.
 
 The base is never in the file; the manifest names it by fingerprint, and loading onto another base is refused.
 """
@@ -18,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 
 from meetjax.adapters.tree import KINDS, Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt, Reward, entry_axis, flatten, kinds
 from meetjax.errors import MeetjaxError
-from meetjax.models import sites
 
 FILE, MANIFEST, FORMAT = "adapters.safetensors", "manifest.json", 1
 
@@ -118,39 +117,3 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def _by_site(leaves: dict[str, Any], site_type: type, fields: tuple[str, str]) -> dict[str, Any]:
     names = {path.split("/")[0] for path in leaves}
     return {name: site_type(*(leaves[f"{name}/{field}"] for field in fields)) for name in names}
-
-
-def lora_to_peft(lora: Lora) -> dict[str, np.ndarray]:
-    """LoRA in PEFT's state-dict names: lora_A (rank, in) and lora_B (out, rank), one tensor a layer. One entry only."""
-    if len(lora.entries) != 1:
-        raise MeetjaxError("PEFT export", expected="one LoRA", found=f"a bank of {len(lora.entries)}", fix="export them one by one")
-    state = {}
-    for name in sites.LINEAR:
-        if (site := getattr(lora, name)) is None:
-            continue
-        module = sites.BLOCK[name].hf.removesuffix(".weight")
-        for layer in range(site.a.shape[0]):
-            path = f"base_model.model.model.layers.{layer}.{module}"
-            state[f"{path}.lora_A.weight"] = np.ascontiguousarray(np.asarray(site.a[layer, 0]).T)
-            state[f"{path}.lora_B.weight"] = np.ascontiguousarray(np.asarray(site.b[layer, 0]).T)
-    return state
-
-
-def lora_from_peft(state: dict[str, np.ndarray], scale: float) -> Lora:
-    """The inverse of `lora_to_peft`; scale = lora_alpha / r. Raises MeetjaxError for a tensor that is not a LoRA of a known site."""
-    by_module = {site.hf.removesuffix(".weight"): name for name, site in sites.BLOCK.items() if site.linear}
-    found: dict[str, dict[tuple[int, str], np.ndarray]] = {}
-    for path, tensor in state.items():
-        parts = path.removeprefix("base_model.model.").removeprefix("model.layers.").split(".")
-        layer, module, matrix = parts[0], ".".join(parts[1:3]), parts[3] if len(parts) > 3 else ""
-        if module not in by_module or matrix not in ("lora_A", "lora_B") or not layer.isdigit():
-            raise MeetjaxError(f"PEFT tensor {path}", expected="lora_A or lora_B of " + ", ".join(by_module), fix="only plain LoRA is read")
-        found.setdefault(by_module[module], {})[int(layer), matrix[-1]] = np.asarray(tensor, np.float32).T
-    fields = {}
-    for name, tensors in found.items():
-        layers = sorted({layer for layer, _ in tensors})
-        if layers != list(range(len(layers))) or len(tensors) != 2 * len(layers):
-            raise MeetjaxError(f"PEFT LoRA at {name}", expected="A and B in every layer", found=f"layers {layers}")
-        a, b = (jnp.asarray(np.stack([tensors[layer, matrix] for layer in layers])[:, None]) for matrix in "AB")
-        fields[name] = LoraSite(a, b)
-    return Lora(**fields, scale=scale)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from meetjax.data.loader import Buckets, eval_batches
@@ -14,33 +17,49 @@ from meetjax.evaluate.intervals import wilson
 from meetjax.models.config import ModelConfig
 from meetjax.objectives.logps import compiled_answer_logps
 from meetjax.objectives.reward import compiled_answer_rewards
+from meetjax.train.hosts import own_rows, whole
 from meetjax.train.reference import Reference
-from meetjax.types import Params
+from meetjax.train.sharding import put_batch
+from meetjax.types import BATCH_AXES, Params
 
 
 def row_logps(
-    config: ModelConfig, params: Params, bank: Any, rows: Rows, buckets: Buckets, batch_size: int = 4
+    config: ModelConfig, params: Params, bank: Any, rows: Rows, buckets: Buckets, batch_size: int = 4, mesh: Mesh | None = None
 ) -> Float[np.ndarray, "N C"]:
-    """Summed answer log-probabilities in nats of every row under its gates, or under the bank in full where it has none."""
-    return _scored(lambda batch, _: compiled_answer_logps(config, params, bank, batch), rows, buckets, batch_size)
+    """Summed answer log-probabilities in nats of every row under its gates, or under the bank in full where it has none.
+
+    mesh: splits each batch, of at least a row a place, over its batch axes and so over its hosts; each of them gets all the scores.
+    """
+    return _scored(_placed(compiled_answer_logps, config, params, bank, mesh), rows, buckets, batch_size, mesh)
 
 
 def row_rewards(
-    config: ModelConfig, params: Params, bank: Any, rows: Rows, buckets: Buckets, batch_size: int = 4
+    config: ModelConfig, params: Params, bank: Any, rows: Rows, buckets: Buckets, batch_size: int = 4, mesh: Mesh | None = None
 ) -> Float[np.ndarray, "N C"]:
     """The rewards that the bank's head gives to the answers of every row, likewise."""
-    return _scored(lambda batch, _: compiled_answer_rewards(config, params, bank, batch), rows, buckets, batch_size)
+    return _scored(_placed(compiled_answer_rewards, config, params, bank, mesh), rows, buckets, batch_size, mesh)
 
 
-def base_logps(reference: Reference, rows: Rows, buckets: Buckets, batch_size: int = 4) -> Float[np.ndarray, "N C"]:
-    """The log-probabilities under the base model, where not known from before."""
-    return _scored(lambda batch, chosen: reference.logps(batch, rows, chosen), rows, buckets, batch_size)
+def base_logps(
+    reference: Reference, rows: Rows, buckets: Buckets, batch_size: int = 4, mesh: Mesh | None = None
+) -> Float[np.ndarray, "N C"]:
+    """The log-probabilities under the base model, where not known from before, likewise."""
+    return _scored(lambda batch, chosen: reference.logps(batch, rows, chosen, mesh), rows, buckets, batch_size, mesh)
 
 
-def _scored(score: Callable, rows: Rows, buckets: Buckets, batch_size: int) -> Float[np.ndarray, "N C"]:
+def _placed(score: Callable, config: ModelConfig, params: Params, bank: Any, mesh: Mesh | None) -> Callable:
+    if mesh is None:
+        return lambda batch, _: score(config, params, bank, batch)
+    return lambda batch, _: whole(score(config, params, bank, put_batch(batch, mesh)), mesh)
+
+
+def _scored(score: Callable, rows: Rows, buckets: Buckets, batch_size: int, mesh: Mesh | None) -> Float[np.ndarray, "N C"]:
+    ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    size = -(-batch_size // ways) * ways
+    mine = own_rows(mesh, size)
     out = np.zeros(rows.starts.shape, np.float64)
-    for batch, chosen in eval_batches(rows, batch_size, buckets):
-        values = np.asarray(score(batch, chosen))
+    for batch, chosen in eval_batches(rows, size, buckets):
+        values = np.asarray(score(jax.tree.map(lambda leaf: leaf[mine], batch), chosen[mine]))
         real = batch.weights > 0
         out[chosen[real]] = values[real]
     return out

@@ -30,7 +30,7 @@ class _Going(NamedTuple):
     cache: Cache
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
     """What the rows want, the same at every step."""
 
     rows: RowSampling
@@ -60,7 +60,7 @@ def generate_tokens(
     step took up to 2.5 times longer on CPU, and a server has to look in between anyway.
     """
     most = jnp.full(tokens.shape[0], max_new_tokens, jnp.int32) if limit is None else limit
-    asked = _Asked(rows, adapters, gates, dial, most)
+    asked = Asked(rows, adapters, gates, dial, most)
     going = first_token(config, params, tokens, lengths, asked, max_new_tokens)
     for step in range(1, max_new_tokens):
         if step % LOOK_EVERY == 0 and bool(jnp.all(going.done)):
@@ -70,7 +70,7 @@ def generate_tokens(
 
 
 @partial(jax.jit, static_argnums=(0, 5))
-def first_token(config: ModelConfig, params: Params, tokens: Array, lengths: Array, asked: _Asked, max_new_tokens: int) -> _Going:
+def first_token(config: ModelConfig, params: Params, tokens: Array, lengths: Array, asked: Asked, max_new_tokens: int) -> _Going:
     """Prefill and the first token."""
     batch, width = tokens.shape
     hidden, cache = prefill(config, params, tokens, lengths, width + max_new_tokens, asked.adapters, asked.gates, asked.dial)
@@ -81,7 +81,7 @@ def first_token(config: ModelConfig, params: Params, tokens: Array, lengths: Arr
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def next_token(config: ModelConfig, params: Params, going: _Going, asked: _Asked) -> _Going:
+def next_token(config: ModelConfig, params: Params, going: _Going, asked: Asked) -> _Going:
     """One more token of every row that is not done; a row that is gets zeros, which do not count."""
     hidden, cache = decode_step(config, params, going.last, going.cache, asked.adapters, asked.gates, asked.dial)
     new = jnp.where(going.done, 0, sample(logits(params, hidden), asked.rows, going.step))

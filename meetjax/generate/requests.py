@@ -1,9 +1,9 @@
-"""A list of requests becomes one padded batch, and its tokens become texts."""
+"""A list of requests becomes one padded batch, and its tokens become texts; one request alone may be streamed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -14,10 +14,11 @@ from meetjax.data.records import Message, Prompt
 from meetjax.data.template import render_prompt
 from meetjax.data.tokenize import added_bos
 from meetjax.errors import MeetjaxError
-from meetjax.generate.decode import generate_tokens
+from meetjax.generate import decode
 from meetjax.generate.sampling import RowSampling, Sampling
 from meetjax.models.decoder import unstack
 
+Template = Literal["auto", "chat", "none"]
 BUCKET = 32
 """Prompt lengths are rounded up to a multiple of this many tokens, so that few programs are compiled."""
 
@@ -60,21 +61,17 @@ def generate_texts(
     adapters: Bank | None = None,
     max_new_tokens: int = 256,
     batch_size: int = 32,
-    template: Literal["auto", "chat", "none"] = "auto",
+    template: Template = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> list[Completion]:
     """Answers in the order of the requests. model: `meetjax.load`'s; longest prompts are run first, `batch_size` rows at a time.
 
     Raises MeetjaxError for gates of another shape, a negative gate of a soft prompt, or a prompt beyond the model's positions.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise MeetjaxError(name, expected=">= 1", found=value)
-    for request in requests:
-        if not 0 <= request.seed < 2**31:
-            raise MeetjaxError("sampling: seed", expected="0 to 2^31 - 1", found=request.seed)
+    if batch_size < 1:
+        raise MeetjaxError("batch_size", expected=">= 1", found=batch_size)
     params = unstack(model.params) if "blocks" in model.params else model.params
-    encoded = [_encode(model, request, template, max_new_tokens) for request in requests]
+    encoded = [encode(model, request, template, max_new_tokens) for request in requests]
     order = sorted(range(len(requests)), key=lambda i: (-len(encoded[i]), i))
     results: list[Completion | None] = [None] * len(requests)
     for begin in range(0, len(order), batch_size):
@@ -92,7 +89,7 @@ def generate_texts(
     return [result for result in results if result is not None]
 
 
-def encode(tokenizer: Any, prompt: Prompt, template: Literal["auto", "chat", "none"] = "auto", marker: str = "") -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: Prompt, template: Template = "auto", marker: str = "") -> list[int]:
     """The tokens before an answer: the rendered prompt and the marker, behind BOS where the tokenizer adds one.
 
     Raises MeetjaxError where there is no token, or no chat template for a conversation.
@@ -106,12 +103,17 @@ def encode(tokenizer: Any, prompt: Prompt, template: Literal["auto", "chat", "no
     return ids
 
 
-def _encode(model: Any, request: Request, template: Literal["auto", "chat", "none"], max_new_tokens: int) -> list[int]:
+def encode(model: Any, request: Request, template: Template, max_new_tokens: int) -> list[int]:
+    """The tokens that a request's answer continues. Raises MeetjaxError for none, or for more than leave room for the answer."""
+    if max_new_tokens < 1:
+        raise MeetjaxError("max_new_tokens", expected=">= 1", found=max_new_tokens)
+    if not 0 <= request.seed < 2**31:
+        raise MeetjaxError("sampling: seed", expected="0 to 2^31 - 1", found=request.seed)
     prompt = request.prompt
     if request.system is not None:
         turns = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
         prompt = (Message("system", request.system), *turns)
-    ids = encode(model.tokenizer, prompt, template, request.marker)
+    ids = encode_prompt(model.tokenizer, prompt, template, request.marker)
     if len(ids) + max_new_tokens > model.config.max_position:
         raise MeetjaxError(
             "prompt: too long",
@@ -122,10 +124,45 @@ def _encode(model: Any, request: Request, template: Literal["auto", "chat", "non
     return ids
 
 
+def stream_text(
+    model: Any, params: Any, request: Request, *, adapters: Bank | None = None, max_new_tokens: int = 256, template: Template = "auto"
+) -> Iterator[str]:
+    """The pieces of one answer as they become certain, never half a character. params: the model's, unstacked.
+
+    A conversation grows: prompt lengths are rounded up to powers of 2, so that a long one meets few programs. Raises as
+    `generate_texts` does, before the first piece.
+    """
+    ids = encode(model, request, template, max_new_tokens)
+    width = max(2 * BUCKET, 1 << (len(ids) - 1).bit_length())
+    tokens, lengths, rows, gates, dial = _as_batch([request], [ids], adapters, width)
+    asked = decode.Asked(rows, adapters, gates, dial, jnp.full(1, max_new_tokens, jnp.int32))
+    going = decode.first_token(model.config, params, tokens, lengths, asked, max_new_tokens)
+    new: list[int] = []
+    told = ""
+    while True:
+        new.append(int(going.last[0]))
+        ended = new[-1] in model.config.eos_token_ids
+        text = model.tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=False)
+        last = ended or len(new) == max_new_tokens
+        if last or not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(told) :]
+            told = text
+        if last:
+            return
+        going = decode.next_token(model.config, params, going, asked)
+
+
 def _run(
     model: Any, params: Any, requests: Sequence[Request], encoded: Sequence[list[int]], adapters: Bank | None, max_new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     width = -(-max(len(ids) for ids in encoded) // BUCKET) * BUCKET
+    tokens, lengths, rows, gates, dial = _as_batch(requests, encoded, adapters, width)
+    out, counts = decode.generate_tokens(model.config, params, tokens, lengths, rows, adapters, gates, dial, max_new_tokens=max_new_tokens)
+    return np.asarray(out), np.asarray(counts)
+
+
+def _as_batch(requests: Sequence[Request], encoded: Sequence[list[int]], adapters: Bank | None, width: int) -> tuple[Any, ...]:
+    """(tokens, lengths, sampling, gates or None, dial or None) of a batch, right-padded to `width` tokens."""
     tokens = np.zeros((len(encoded), width), np.int32)
     lengths = np.asarray([len(ids) for ids in encoded], np.int32)
     for row, ids in enumerate(encoded):
@@ -148,5 +185,4 @@ def _run(
         jnp.asarray([s.top_p for s in settings], jnp.float32),
         jnp.asarray([request.seed for request in requests], jnp.int32),
     )
-    out, counts = generate_tokens(model.config, params, tokens, lengths, rows, adapters, gates, dial, max_new_tokens=max_new_tokens)
-    return np.asarray(out), np.asarray(counts)
+    return tokens, lengths, rows, gates, dial

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,22 @@ def _positions(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     """256 evenly strided positions, one index an axis: a flat index overflows int32 for leaves of large models."""
     flat = np.arange(SAMPLES, dtype=np.int64) * math.prod(shape) // SAMPLES
     return tuple(axis.astype(np.int32) for axis in np.unravel_index(flat, shape))
+
+
+def file_digest(path: Path) -> dict[str, str]:
+    """Size and SHA-256 of 256 evenly spread pieces of 64 bytes of every file of a model, by name: what hosts can compare before
+    any of them reads its part of the weights.
+    """
+    files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors", ".jinja")) if path.is_dir() else [path]
+    found = {}
+    for file in files:
+        size, digest = file.stat().st_size, hashlib.sha256()
+        with open(file, "rb") as content:
+            for place in range(SAMPLES):
+                content.seek(place * max(size - 64, 0) // (SAMPLES - 1))
+                digest.update(content.read(64))
+        found[file.name] = f"{size} bytes, {digest.hexdigest()[:12]}"
+    return found
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

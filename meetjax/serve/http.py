@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from meetjax.data.records import Message
 from meetjax.errors import MeetjaxError
-from meetjax.generate.requests import encode
+from meetjax.generate.requests import encode_prompt
 from meetjax.models.load import Model
 from meetjax.serve.guard import BODY, PATIENCE, Guard, log
 from meetjax.serve.metrics import Metrics
@@ -163,7 +163,7 @@ class _Service:
             if max(prompt) >= vocab:
                 raise Refusal(400, f"prompt: token; expected below {vocab}; found {max(prompt)}", param="prompt")
             return prompt
-        return encode(self.model.tokenizer, prompt, "none" if isinstance(prompt, str) else "chat")
+        return encode_prompt(self.model.tokenizer, prompt, "none" if isinstance(prompt, str) else "chat")
 
 
 def _watch(streams: Sequence[Stream], facts: dict[str, Any], began: float) -> None:

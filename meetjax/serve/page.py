@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from meetjax.data.records import Message
 from meetjax.errors import MeetjaxError
 from meetjax.evaluate.plots import against_strength, to_svg
-from meetjax.generate.requests import encode
+from meetjax.generate.requests import encode_prompt
 from meetjax.generate.sampling import Sampling
 from meetjax.models.load import Model
 from meetjax.serve.stream import Ask, QueueFull
@@ -187,7 +187,7 @@ class _Desk:
     def _ask(self, turns: Turns, settings: tuple[float, ...]) -> Ask:
         dial, temperature, limit, seed = settings[:4]
         messages = tuple(Message(turn["role"], turn["content"]) for turn in turns)
-        ids = tuple(encode(self.model.tokenizer, messages if self.model.tokenizer.chat_template else messages[-1].content))
+        ids = tuple(encode_prompt(self.model.tokenizer, messages if self.model.tokenizer.chat_template else messages[-1].content))
         limit = max(1, min(int(limit), self.engine.capacity - len(ids)))
         return Ask(ids, self._strengths(settings), None if dial == 1 else float(dial), Sampling(float(temperature)), int(seed or 0), limit)
 

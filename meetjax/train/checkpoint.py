@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from meetjax.adapters.tree import flatten, unflatten
 from meetjax.errors import MeetjaxError
+from meetjax.train import hosts
+from meetjax.train.hosts import differences
 from meetjax.train.step import State
 
 KEEP = 2
@@ -41,27 +45,54 @@ class Checkpoints:
                 # Forced, because Orbax otherwise skips a step silently while the one before it is being written.
                 self._orbax.save_checkpointables_async(step, {"state": leaves, "loader": loader, "identity": self.identity}, force=True)
 
-    def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
-        """The newest (state, loader position), placed as `like` is; None when there is none.
+    def restore(self, like: State, say: Callable[[str], Any] = print) -> tuple[State, dict[str, Any]] | None:
+        """The newest (state, loader position) that can be read, placed as `like` is; None when there is no checkpoint.
 
-        Raises MeetjaxError when the checkpoint belongs to another base or recipe, or cannot be read.
+        `say` is told of each newer one that cannot be read; it stays beside the others as `STEP.unreadable`. Raises MeetjaxError when
+        the newest belongs to another base or recipe, or none can be read.
         """
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), flatten(like))
+        broken: dict[int, str] = {}
         with self._told("read"):
-            latest = self._orbax.latest
-            if latest is None:
-                return None
-            stored = self._orbax.load_checkpointables(latest.step, {"identity": None})["identity"]
-            if differing := _differences(stored, self.identity):
-                where, old, new = differing[0]
-                raise MeetjaxError(
-                    f"{self.folder}: checkpoint of another run: {where}",
-                    expected=old,
-                    found=new,
-                    fix="choose another out folder, or restore the old setting",
-                )
-            abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), flatten(like))
-            loaded = self._orbax.load_checkpointables(latest.step, {"state": abstract, "loader": None})
-            return unflatten(like, loaded["state"]), loaded["loader"]
+            for step in sorted((found.step for found in self._orbax.checkpoints), reverse=True):
+                loaded, failure = None, ""
+                try:
+                    self._check(self._orbax.load_checkpointables(step, {"identity": None})["identity"])
+                    loaded = self._orbax.load_checkpointables(step, {"state": abstract, "loader": None})
+                except MeetjaxError:
+                    raise
+                except Exception as error:  # Orbax raises many types
+                    failure = _one_line(error)
+                failures = list(filter(None, hosts.gather(f"checkpoint {step}", failure)))
+                if loaded is None or failures:
+                    broken[step] = failures[0]
+                    continue
+                for bad, failure in broken.items():
+                    self._set_aside(bad)
+                    say(f"checkpoint of step {bad} cannot be read, going on from step {step}: {failure}")
+                return unflatten(like, loaded["state"]), loaded["loader"]
+        if broken:
+            raise self._failed("read", next(iter(broken.values())))
+        return None
+
+    def _check(self, stored: Any) -> None:
+        if differing := differences(stored, self.identity):
+            where, old, new = differing[0]
+            raise MeetjaxError(
+                f"{self.folder}: checkpoint of another run: {where}",
+                expected=old,
+                found=new,
+                fix="choose another out folder, or restore the old setting",
+            )
+
+    def _set_aside(self, step: int) -> None:
+        """Out of the way of the save that will come at this step again."""
+        with hosts.together(f"checkpoint {step}"):
+            if hosts.writes():
+                aside = self.folder / f"{step}.unreadable"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(self.folder / str(step), aside)
+        self._orbax.reload()
 
     @property
     def newest(self) -> int | None:
@@ -82,17 +113,12 @@ class Checkpoints:
         except MeetjaxError:
             raise
         except Exception as error:  # Orbax raises many types; the user needs the folder, the cause and what is left.
-            raise MeetjaxError(
-                f"{self.folder}: checkpoint could not be {verb}",
-                found=f"{type(error).__name__}: {error}"[:300],
-                fix="earlier checkpoints are untouched; free space or choose another out folder",
-            ) from error
+            raise self._failed(verb, _one_line(error)) from error
+
+    def _failed(self, verb: str, found: str) -> MeetjaxError:
+        fix = "earlier checkpoints are untouched; free space or choose another out folder"
+        return MeetjaxError(f"{self.folder}: checkpoint could not be {verb}", found=found, fix=fix)
 
 
-def _differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(set(old) | set(new))
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
-    if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) and len(old) == len(new):
-        return [d for i, pair in enumerate(zip(old, new, strict=True)) for d in _differences(*pair, f"{where}.{i}")]
-    return [] if old == new else [(where, old, new)]
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

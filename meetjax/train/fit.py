@@ -22,6 +22,7 @@ from meetjax.data.loader import Buckets, Plan, loader, pad_batch
 from meetjax.data.tokenize import Rows
 from meetjax.errors import MeetjaxError
 from meetjax.models.config import ModelConfig
+from meetjax.train import hosts
 from meetjax.train.checkpoint import Checkpoints
 from meetjax.train.memory import choose_remat, compile_step
 from meetjax.train.metrics import MetricsLog
@@ -63,7 +64,7 @@ def fit(
     Continues from the newest checkpoint there, bit for bit. A batch is `train.batch_size` prompts. identity: what a checkpoint
     must agree with to be resumed; teacher: the frozen bank of an objective that asks one; remat: as in `choose_remat`. Raises
     MeetjaxError when the loss is not finite (naming the last good checkpoint), when nothing trains, when a checkpoint is of another
-    run; Interrupted after SIGTERM.
+    run; Interrupted after SIGTERM, which one of several hosts passes on to all.
     """
     base = "base" in stage.trains
     named = tuple(KIND_OF[type(spec)] for spec in stage.trains if spec != "base")
@@ -78,22 +79,29 @@ def fit(
 
     if stage.objective.needs_reference and reference is None:
         reference = Reference(config, params)
-    batches = loader(rows, train.batch_size, buckets, train.seed)
-    stop = threading.Event()
+    share = hosts.share_of(mesh)
+    batches = loader(rows, train.batch_size, buckets, train.seed, *share)
+    # JAX's own handler of SIGTERM brings all hosts to the same step, so with several it must stay in place.
+    console = console or Console()
+    alone, stop, stopping = jax.process_count() == 1, threading.Event(), False
     # Leaving the block waits for the last write, so that what is said to be saved is, whatever ends the loop.
-    with _sigterm_sets(stop), contextlib.closing(Checkpoints(folder / "checkpoints", identity)) as checkpoints, jax.set_mesh(mesh):
+    with (
+        _sigterm_sets(stop) if alone else contextlib.nullcontext(),
+        contextlib.closing(Checkpoints(folder / "checkpoints", identity)) as checkpoints,
+        jax.set_mesh(mesh),
+    ):
         # Donated: the state takes the copy over, and no second one stays behind.
         state = jax.jit(init_state, static_argnums=1, donate_argnums=0)(trainable, tx)
-        if (found := checkpoints.restore(state)) is not None:
+        if (found := checkpoints.restore(state, console.print)) is not None:
             state, position = found
             batches.set_state(position)
         begin, saved = int(state.step), int(state.step)
         unit = "pairs" if stage.objective.form == "pair" else "examples"
-        log = MetricsLog(folder, train.steps, begin, unit, title, console)
+        log = MetricsLog(folder, train.steps, begin, unit, title, console, writes=hosts.writes())
         with log:
             log.console.print(f"{title}: {count_parameters(trainable):,} parameters train, steps {begin} to {train.steps}")
-            largest = put_batch(_largest(rows, train.batch_size, buckets, stage), mesh)
-            step, why = choose_remat(remat, make, (state, frozen, largest), mesh.devices.flat[0])
+            largest = put_batch(_largest(rows, train.batch_size, buckets, stage, share), mesh)
+            step, why = choose_remat(remat, make, (state, frozen, largest), mesh.local_devices[0])
             log.console.print(f"{title}: {why}")
             seen, pending = {buckets[-1]}, None
             for number in range(begin + 1, train.steps + 1):
@@ -109,7 +117,9 @@ def fit(
                 if pending is not None:  # one step late, so that the device never waits for the host
                     _write(log, *pending, checkpoints)
                 pending = (number, metrics, float(batch.weights.sum()), _tokens(batch), timed)
-                stopping = stop.is_set()  # read once, so that the loop does not end on a step that is not saved
+                stopping = (
+                    stop.is_set() if alone else hosts.preempted()
+                )  # read once, so that the loop does not end on a step that is not saved
                 if number % train.save_every == 0 or number == train.steps or stopping:
                     _write(log, *pending, checkpoints)  # nothing that is not finite is ever saved
                     pending = None
@@ -117,14 +127,15 @@ def fit(
                     saved = number
                 if stopping:
                     break
-    if stop.is_set():
+    if stopping or stop.is_set():
         raise Interrupted(saved, folder)
-    return join(state.trainable, Parts(frozen.params, frozen.adapters))
+    params, bank = join(state.trainable, Parts(frozen.params, frozen.adapters))
+    return params, bank if alone else hosts.whole(bank, mesh)
 
 
-def _largest(rows: Rows, batch_size: int, buckets: Buckets, stage: Stage) -> Batch:
+def _largest(rows: Rows, batch_size: int, buckets: Buckets, stage: Stage, share: tuple[int, int]) -> Batch:
     """A batch of the longest bucket's shape, for compiling; its content means nothing."""
-    batch, _ = pad_batch(rows, Plan(buckets[-1], np.arange(batch_size) % len(rows), batch_size))
+    batch, _ = pad_batch(rows, Plan(buckets[-1], np.arange(batch_size) % len(rows), batch_size), *share)
     if stage.objective.needs_reference:
         batch = dataclasses.replace(batch, ref_logps=np.zeros(batch.starts.shape, np.float32))
     return batch

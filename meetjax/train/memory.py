@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from meetjax.train.hosts import least
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
@@ -41,7 +43,7 @@ def choose_remat(remat: str, make: Callable[[str], Callable], arguments: tuple, 
     make: policy -> jitted step; arguments: with the largest batch. From fast to small: keep all ("none"), keep what products gave
     ("dots"), keep the residual stream ("full"). On CPU keeping all is slower than computing again what is cheap: it is not tried.
     """
-    limit = device_bytes(device)
+    limit = least("memory of a device", device_bytes(device))  # hosts that chose differently would run different programs
     automatic = ("dots", "full") if device.platform == "cpu" else ("none", "dots", "full")
     said = "remat"
     for policy in automatic if remat == "auto" else (remat,):

@@ -93,7 +93,7 @@ class MetricsLog:
     A context manager. `start_step` is the last finished step (0 for a new run): rows of later steps, which a killed run may have left,
     are dropped first, so that the file has each step once. `unit` names an example in `{unit}_per_s`: `pairs` or `examples`.
     On a terminal there is one bar; elsewhere one plain line at most every 10 seconds. Raises MeetjaxError when a row cannot be written.
-    Only one process of a run may open a log in a folder.
+    Only one process of a run may open a log in a folder; the others say `writes=False`, and theirs does nothing.
     """
 
     def __init__(
@@ -105,21 +105,23 @@ class MetricsLog:
         title: str = "train",
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        writes: bool = True,
     ) -> None:
         self.folder, self.total, self.step = Path(folder), total_steps, start_step
-        self.unit, self.title = unit, title
+        self.unit, self.title, self.writes, self.bar = unit, title, writes, None
         self.console = console or Console()
         self.clock, self.speed, self.last_line = clock, _Speed(), -math.inf
         self.path = self.folder / "metrics.jsonl"
         self.files = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        if not self.writes:
+            return self
         try:
             self._open()
         except OSError as error:
             self.files.close()
             raise self._failed(error) from error
-        self.bar = None
         if self.console.is_terminal:
             columns = (
                 "[progress.description]{task.description}",
@@ -160,6 +162,9 @@ class MetricsLog:
         """
         if step <= self.step:
             raise MeetjaxError(f"{self.path}: step", expected=f"more than {self.step}", found=step, fix="log each step once, in order")
+        if not self.writes:
+            self.step = step
+            return dict(metrics)
         self.speed.add(self.clock(), examples, tokens, timed)
         row = {name: _number(name, value, self.path) for name, value in metrics.items()}
         rates = self.speed.rates()

@@ -19,6 +19,7 @@ from meetjax.data.tokenize import Rows
 from meetjax.errors import MeetjaxError
 from meetjax.models.config import ModelConfig
 from meetjax.objectives.logps import compiled_answer_logps
+from meetjax.train.hosts import own_rows, whole
 from meetjax.train.sharding import put_batch
 from meetjax.types import Batch, Params
 
@@ -27,7 +28,8 @@ class Reference:
     """s_ref of every batch asked for so far, keyed by its rows' content and its shape; share one between runs on the same base.
 
     By batch and not by row: the last bits of a row's score depend on its company, and a resumed run, which meets the batches in
-    another order than the run it continues, must see the same bits where a set repeats a row.
+    another order than the run it continues, must see the same bits where a set repeats a row. Of several hosts each asks for its
+    own rows of the same batch at the same time.
     """
 
     def __init__(self, config: ModelConfig, params: Params, adapters: Any = None, *, file: Path | None = None, fingerprint: str = ""):
@@ -36,23 +38,29 @@ class Reference:
         adapters: a bank that belongs to the reference, under the batch's gates; its scores are kept in memory only.
 
         A key names all that a score depends on (base, token ids, places of the answers, shapes, dtype, mesh, backend, JAX and the
-        code of the forward pass), so that no entry can be stale. Raises MeetjaxError when the file cannot be used.
+        code of the forward pass), so that no entry can be stale. Several hosts keep scores in memory only: a file that one of them
+        has and another lacks would leave the others waiting in the forward pass. Raises MeetjaxError when the file cannot be used.
         """
         self._model = config, params, adapters
         self._known: dict[str, Float[np.ndarray, "B C"]] = {}
+        self._tables: dict[int, tuple[Rows, str]] = {}
         self._base = [fingerprint, repr(config), jax.default_backend(), jax.__version__, _code()]
-        self._store = None if file is None or adapters is not None else _Store(file)
+        self._store = None if file is None or adapters is not None or jax.process_count() > 1 else _Store(file)
 
     def logps(self, batch: Batch, rows: Rows, chosen: np.ndarray, mesh: jax.sharding.Mesh | None = None) -> Float[np.ndarray, "B C"]:
-        """Summed answer log-probabilities in nats under the base; a new batch costs one forward pass."""
+        """Summed answer log-probabilities in nats under the base, those of all hosts' rows; a new batch costs one forward pass."""
         gates = "" if batch.gates is None or self._model[2] is None else np.asarray(batch.gates).tobytes().hex()
         layout = [str(dict(mesh.shape)) if mesh else "", str(batch.tokens.shape), gates]
+        if jax.process_count() > 1:
+            # Indices and not content: all hosts must find or miss a batch together, and no two batches hold a row of one index.
+            layout += [self._digest(rows), chosen.tobytes().hex()]
         key = hashlib.sha256("\n".join([*self._base, *layout, *rows.hashes[chosen]]).encode()).hexdigest()
         if key not in self._known:
             found = None if self._store is None else self._store.get(key)
             if found is None:
                 placed = put_batch(batch, mesh) if mesh else batch
-                scores = np.asarray(compiled_answer_logps(*self._model, placed))
+                scores = compiled_answer_logps(*self._model, placed)
+                scores = np.asarray(whole(scores, mesh) if mesh and jax.process_count() > 1 else scores)
                 if self._store is not None:
                     self._store.put(key, scores)
             else:
@@ -60,9 +68,15 @@ class Reference:
             self._known[key] = scores
         return self._known[key]
 
+    def _digest(self, rows: Rows) -> str:
+        if id(rows) not in self._tables:  # the table itself is kept, so that its id stays its own
+            self._tables[id(rows)] = rows, hashlib.sha256("".join(rows.hashes).encode()).hexdigest()
+        return self._tables[id(rows)][1]
+
     def attach(self, batch: Batch, rows: Rows, chosen: np.ndarray, mesh: jax.sharding.Mesh) -> Batch:
-        """The batch with `ref_logps`."""
-        return dataclasses.replace(batch, ref_logps=self.logps(batch, rows, chosen, mesh))
+        """The batch with `ref_logps`, this host's rows."""
+        scores = self.logps(batch, rows, chosen, mesh)
+        return dataclasses.replace(batch, ref_logps=scores[own_rows(mesh, len(scores))])
 
 
 class _Store:

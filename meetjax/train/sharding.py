@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
 from meetjax.models.config import ModelConfig
+from meetjax.train.hosts import share_of
 from meetjax.types import BATCH_AXES, Batch
 
 MESH_AXES = ("data", "fsdp", "model")
@@ -50,9 +51,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def check_batch(rows: int, mesh: Mesh) -> None:
+    """Raises MeetjaxError for a batch that does not divide over the mesh."""
+    if rows % (ways := math.prod(mesh.shape[axis] for axis in BATCH_AXES)):
+        raise MeetjaxError("recipe: train.batch_size", expected=f"a multiple of data x fsdp = {ways}", found=rows)
+
+
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch on the mesh, rows split over the batch axes. Raises MeetjaxError when they do not divide."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch.tokens.shape[0] % ways:
-        raise MeetjaxError("recipe: train.batch_size", expected=f"a multiple of data x fsdp = {ways}", found=batch.tokens.shape[0])
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+    """The batch on the mesh, rows split over the batch axes; of several hosts each gives its own rows (`hosts.share_of`).
+
+    Raises MeetjaxError when they do not divide.
+    """
+    rows = batch.tokens.shape[0] * share_of(mesh)[1]
+    check_batch(rows, mesh)
+    where = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    if jax.process_count() == 1:
+        return jax.device_put(batch, where)
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(where, leaf, (rows, *leaf.shape[1:])), batch)

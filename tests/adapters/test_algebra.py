@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meetjax.adapters.algebra import merge, mix, scale, stack
+from meetjax.adapters.algebra import fold, merge, mix, scale, stack
 from meetjax.adapters.tree import KINDS, Bank, columns
 from meetjax.errors import MeetjaxError
 from meetjax.models.layers import head_rewards
@@ -179,3 +179,22 @@ def test_mix_is_linear_in_the_merged_delta(base):
 
 def test_a_bank_of_nothing():
     assert columns(Bank()) == 0 and columns(stack([Bank(), Bank()])) == 0
+
+
+@pytest.mark.parametrize(("kinds", "gates"), [(("lora",), (0.7, -0.4)), (("edit",), (0.7, -0.4)), (("prompt", "lora", "edit"), (0.0, 1.0))])
+def test_folded_equals_gated(base, kinds, gates):
+    """One adapter a kind, without gates, is the bank under them; a soft prompt's empty slots are gone."""
+    config, params, _ = base
+    bank = random_bank(config, kinds)
+    folded = fold(bank, gates)
+    assert columns(folded) == 1
+    assert_close(quick_forward(config, params, TOKENS, folded), quick_forward(config, params, TOKENS, bank, every_row(gates)))
+    assert folded.prompt is None or folded.prompt.vectors.shape[:2] == (1, 3)
+
+
+def test_what_has_no_single_adapter_is_not_folded(base):
+    config, _, _ = base
+    for gates in ((0.5, 0.0), (1.0, 1.0)):
+        assert "expected one at strength 1" in error_of(lambda gates=gates: fold(random_bank(config, ("prompt",)), gates))
+    assert fold(random_bank(config, ("prompt",)), (0.0, 0.0)) == Bank()
+    assert "identity" in error_of(lambda: fold(random_bank(config, ("identity",)), (1.0, 1.0)))

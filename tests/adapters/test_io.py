@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from meetjax.adapters.io import FILE, MANIFEST, load_adapters, lora_from_peft, lora_to_peft, read_manifest, save_adapters
+from meetjax.adapters.io import FILE, MANIFEST, load_adapters, read_manifest, save_adapters
 from meetjax.adapters.tree import KINDS, Bank, EditSite, count_parameters, flatten, unflatten
 from meetjax.errors import MeetjaxError
 from meetjax.models.fingerprint import fingerprint
-from tests.conftest import TINY, apart, random_bank, random_params, take
+from tests.conftest import TINY, apart, random_bank, random_params
 
 
 def error_of(function) -> str:
@@ -170,25 +170,3 @@ def test_flatten_and_unflatten():
     assert_same(unflatten(bank, leaves), bank)
     assert "lora/q/a" in error_of(lambda: unflatten(bank, {path: leaf for path, leaf in leaves.items() if path != "lora/q/a"}))
     assert "spare" in error_of(lambda: unflatten(bank, leaves | {"spare": jnp.zeros(1)}))
-
-
-def test_peft_names_and_round_trip():
-    lora = take(random_bank(TINY, ("lora",), linear=("q", "down"), rank=3), 0).lora
-    state = lora_to_peft(lora)
-    assert len(state) == 2 * 2 * TINY.layers
-    a = state["base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"]
-    b = state["base_model.model.model.layers.2.mlp.down_proj.lora_B.weight"]
-    assert a.shape == (3, TINY.width) and b.shape == (TINY.width, 3)
-    assert all(tensor.flags.c_contiguous for tensor in state.values())
-    np.testing.assert_array_equal(a, np.asarray(lora.q.a[2, 0]).T)
-    assert_same(lora_from_peft(state, scale=1.5), lora)
-
-
-def test_peft_errors():
-    assert "bank of 2" in error_of(lambda: lora_to_peft(random_bank(TINY, ("lora",)).lora))
-    state = lora_to_peft(take(random_bank(TINY, ("lora",), linear=("q",)), 0).lora)
-    path = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
-    missing = {name: tensor for name, tensor in state.items() if name != path}
-    assert "q" in error_of(lambda: lora_from_peft(missing, 1.0))
-    for foreign in (path.replace("q_proj", "qkv_proj"), path.replace("lora_A", "lora_magnitude_vector"), "x", "model.layers.a.b.c.lora_A"):
-        assert foreign in error_of(lambda foreign=foreign: lora_from_peft(state | {foreign: state[path]}, 1.0))

@@ -15,8 +15,9 @@ from meetjax.adapters.prompt import PromptSpec
 from meetjax.data.records import Message
 from meetjax.data.template import render_prompt
 from meetjax.errors import MeetjaxError
-from meetjax.generate.requests import Request, generate_texts
+from meetjax.generate.requests import Request, generate_texts, stream_text
 from meetjax.generate.sampling import Sampling
+from meetjax.models.decoder import unstack
 from tests.conftest import build_tokenizer, random_bank
 
 NEW = 8
@@ -82,10 +83,10 @@ def test_bos_is_added_once(model):
     """Where the tokenizer adds BOS to every text, the prompt has it, and has it once when the template writes it too."""
     for chat in (None, model.tokenizer.chat_template, "<s>" + model.tokenizer.chat_template):
         tokenizer = build_tokenizer(adds_bos=True, chat=chat)
-        ids = requests_module._encode(dataclasses.replace(model, tokenizer=tokenizer), Request("hello"), "auto", NEW)
+        ids = requests_module.encode(dataclasses.replace(model, tokenizer=tokenizer), Request("hello"), "auto", NEW)
         assert ids[0] == tokenizer.bos_token_id
         assert ids.count(tokenizer.bos_token_id) == 1
-    assert model.tokenizer.bos_token_id not in requests_module._encode(model, Request("hello"), "auto", NEW)
+    assert model.tokenizer.bos_token_id not in requests_module.encode(model, Request("hello"), "auto", NEW)
 
 
 def test_progress_counts_every_request_once(model, bank):
@@ -134,3 +135,17 @@ def test_messages_without_a_chat_template_raise(model):
     for request in (Request((Message("user", "hello"),)), Request("hello", system="be brief")):
         assert "expected a chat template; found a tokenizer without one" in error_of(plain, [request])
     assert "template 'chat'; expected a tokenizer with a chat template" in error_of(plain, [Request("hello")], template="chat")
+
+
+def test_streamed_pieces_are_the_answer(model, bank, answers):
+    """Piece by piece as it becomes certain: together the same text, and no piece ends inside a character."""
+    chosen, params = (0, 1, 5), unstack(model.params)
+    pieces = [list(stream_text(model, params, DIALLED[i], adapters=bank, max_new_tokens=NEW)) for i in chosen]
+    assert ["".join(own) for own in pieces] == [answers[i].text for i in chosen]
+    assert max(len(own) for own in pieces) > 2
+    assert not any(piece.endswith("\N{REPLACEMENT CHARACTER}") for own in pieces for piece in own[:-1])
+
+
+def test_a_stream_raises_before_its_first_piece(model):
+    with pytest.raises(MeetjaxError, match="prompt: too long"):
+        next(stream_text(model, unstack(model.params), Request("hello"), max_new_tokens=256))

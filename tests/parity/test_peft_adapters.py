@@ -10,8 +10,8 @@ import torch
 from safetensors.numpy import load_file
 
 import meetjax
-from meetjax.adapters.io import lora_from_peft, lora_to_peft
 from meetjax.adapters.lora import LoraSpec
+from meetjax.adapters.peft import lora_from_peft, lora_to_peft
 from meetjax.adapters.tree import Bank
 from meetjax.data.tokenize import answer_ids
 

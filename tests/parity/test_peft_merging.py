@@ -16,8 +16,8 @@ import torch
 from peft.utils import merge_utils
 
 from meetjax.adapters.algebra import mix
-from meetjax.adapters.io import lora_from_peft, lora_to_peft
 from meetjax.adapters.merging import dare, dare_ties, linear, lora_delta, ties, to_lora
+from meetjax.adapters.peft import lora_from_peft, lora_to_peft
 from meetjax.adapters.tree import Bank, Lora, LoraSite
 
 FLOAT = 1e-6

@@ -16,7 +16,7 @@ import pytest
 import torch
 import trl
 
-from meetjax.adapters.io import lora_to_peft
+from meetjax.adapters.peft import lora_to_peft
 from meetjax.adapters.tree import Bank
 from meetjax.data.loader import Plan, pad_batch
 from meetjax.data.records import Completion

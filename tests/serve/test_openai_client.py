@@ -9,7 +9,7 @@ import pytest
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 
 from meetjax.data.records import Message
-from meetjax.generate.requests import encode
+from meetjax.generate.requests import encode_prompt
 from meetjax.generate.sampling import Sampling
 from meetjax.serve.stream import Ask
 
@@ -25,7 +25,7 @@ def client(served):
 @pytest.fixture(scope="module")
 def offline(served, model):
     """The engine's own answer to ASKED."""
-    ids = tuple(encode(model.tokenizer, (Message("user", ASKED[0]["content"]),), "chat"))
+    ids = tuple(encode_prompt(model.tokenizer, (Message("user", ASKED[0]["content"]),), "chat"))
 
     def answer(limit=None, **options):
         return served.engine.text(Ask(ids, max_new_tokens=limit or served.engine.capacity - len(ids), **options))
@@ -117,7 +117,7 @@ def test_log_probabilities(client):
 
 
 def test_completions(client, served, model):
-    ids = tuple(encode(model.tokenizer, "the cat", "none"))
+    ids = tuple(encode_prompt(model.tokenizer, "the cat", "none"))
     expected = served.engine.text(Ask(ids, max_new_tokens=16))
     reply = client.completions.create(model="base", prompt="the cat", temperature=0, logprobs=1)
     assert reply.choices[0].text == expected

@@ -151,6 +151,30 @@ def test_broken_checkpoint_is_told_in_one_line(tmp_path):
     assert f"{tmp_path}: checkpoint could not be read" in error_of(lambda: restore(tmp_path, make_state()))
 
 
+@pytest.mark.parametrize("damage", ["shortened", "changed", "gone"])
+def test_a_newest_checkpoint_that_is_broken_gives_way_to_the_one_before(tmp_path, damage):
+    """It says so, keeps the broken one beside, and writes that step again when it comes."""
+    save(tmp_path, make_state(step=1), make_state(step=2, seed=2))
+    for file in (tmp_path / "2" / "state").rglob("*"):
+        if file.is_file() and (size := file.stat().st_size) > 100:
+            content = bytearray(file.read_bytes())
+            content[size // 2 : size // 2 + 8] = b"\x55" * 8
+            file.write_bytes(content[: size // 2] if damage == "shortened" else content)
+            if damage == "gone":
+                file.unlink()
+    said, checkpoints = [], Checkpoints(tmp_path, IDENTITY)
+    state, position = checkpoints.restore(make_state(seed=3), said.append)
+    assert position["next_index"] == 1
+    jax.tree.map(np.testing.assert_array_equal, state, make_state(step=1))
+    (line,) = said
+    assert line.startswith("checkpoint of step 2 cannot be read, going on from step 1: ")
+    checkpoints.save(make_state(step=2, seed=4), POSITION)
+    assert checkpoints.newest == 2
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path, make_state())[0], make_state(step=2, seed=4))
+    assert {path.name for path in tmp_path.iterdir()} >= {"1", "2", "2.unreadable"}
+
+
 def test_folder_that_cannot_be_made_is_told_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     assert "checkpoint could not be opened" in error_of(lambda: Checkpoints(tmp_path / "file" / "checkpoints", IDENTITY))
