@@ -129,9 +129,9 @@ class Guard:
         app, gone = asyncio.ensure_future(self.app(scope, replay, exchange)), asyncio.ensure_future(until_gone())
         try:
             await asyncio.wait({app, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not app.done():
+            if not app.done() and not exchange.complete:  # a server also says so when an answer is complete
                 raise _Gone("while it was answered")
-            app.result()
+            await app
         finally:
             for task in (app, gone):
                 task.cancel()
@@ -147,12 +147,14 @@ class _Exchange:
 
     def __init__(self, send: Any, name: str, patience: float):
         self._send, self._name, self._patience = send, name, patience
-        self.status = 0
+        self.status, self.complete = 0, False
 
     async def __call__(self, message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message = message | {"headers": [*message.get("headers", ()), (b"x-request-id", self._name.encode())]}
+        elif not message.get("more_body", False):
+            self.complete = True
         try:
             await asyncio.wait_for(self._send(message), self._patience)
         except (TimeoutError, OSError) as error:
