@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 DATA ?= Anthropic/hh-rlhf:harmless-base
 
-.PHONY: demo test check parity notebook bench results plan-check setup setup-parity setup-notebook setup-plan
+.PHONY: demo test check parity notebook bench load fuzz results plan-check setup setup-parity setup-notebook setup-plan
 
 demo: setup
 	$(BIN)/meetjax demo
@@ -25,6 +25,12 @@ notebook: setup-notebook
 
 bench: setup-parity
 	$(BIN)/python experiments/bench/bench.py --data $(DATA)
+
+load: setup-parity
+	$(BIN)/python experiments/bench/load.py
+
+fuzz: setup
+	FUZZ=400 $(BIN)/python -m pytest tests/serve/test_fuzz.py -s
 
 results: setup
 	$(BIN)/python experiments/results.py

@@ -312,6 +312,40 @@ def selftest(model: str = "smollm2-135m-instruct") -> None:
         sys.exit(1)
 
 
+def serve(
+    model: str = "smollm2-135m-instruct",
+    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=DIR")] = (),
+    host: str | None = None,
+    port: int = 8000,
+    api_key: str | None = None,
+    slots: int = 8,
+    capacity: int = 1024,
+    queue: int = 64,
+    page: bool = True,
+) -> None:
+    """Serve a model and its adapters over HTTP, to OpenAI's clients and on a page.
+
+    Args:
+        model: hub id, folder, .gguf file or smollm2-135m-instruct.
+        adapter: a name and the folder of a trained adapter; may be repeated.
+        host: address to listen on (none: this machine alone); needs a key.
+        port: 0 for a free one.
+        api_key: that clients must give ($MEETJAX_API_KEY).
+        slots: requests answered at once.
+        capacity: tokens of prompt and answer, at most.
+        queue: requests that may wait; more are told to come again.
+        page: whether / is a page to chat on.
+    """
+    try:
+        from meetjax.serve import server
+    except ModuleNotFoundError as error:
+        raise MeetjaxError("serve", expected="the serve extra", found=f"no {error.name}", fix="pip install 'meetjax[serve]'") from None
+
+    key = api_key or os.environ.get("MEETJAX_API_KEY")
+    adapters = server.read_adapters(adapter)
+    server.serve(model, adapters, host=host, port=port, key=key, slots=slots, capacity=capacity, queue=queue, page=page)
+
+
 def _recipe(file: Path) -> Any:
     from meetjax.train.stage import Recipe
 
@@ -346,7 +380,7 @@ def _told_where(file: Path, call: Callable[[], Any]) -> Any:
         raise MeetjaxError(f"{file}{f':{line}' if line else ''}: cannot be run", found=f"{type(error).__name__}: {error}") from error
 
 
-FUNCTIONS = (align, grid, generate, chat, sweep, export, import_, plan, demo, selftest)
+FUNCTIONS = (align, grid, generate, chat, sweep, serve, export, import_, plan, demo, selftest)
 COMMANDS = {function.__name__.rstrip("_"): function for function in FUNCTIONS}
 
 

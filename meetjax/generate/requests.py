@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meetjax.adapters.tree import Bank, check_gates, columns
-from meetjax.data.records import Message
+from meetjax.data.records import Message, Prompt
 from meetjax.data.template import render_prompt
 from meetjax.data.tokenize import added_bos
 from meetjax.errors import MeetjaxError
@@ -89,6 +89,20 @@ def generate_texts(
     return [result for result in results if result is not None]
 
 
+def encode_prompt(tokenizer: Any, prompt: Prompt, template: Template = "auto", marker: str = "") -> list[int]:
+    """The tokens before an answer: the rendered prompt and the marker, behind BOS where the tokenizer adds one.
+
+    Raises MeetjaxError where there is no token, or no chat template for a conversation.
+    """
+    ids = list(tokenizer(render_prompt(tokenizer, prompt, template) + marker, add_special_tokens=False)["input_ids"])
+    bos = added_bos(tokenizer)
+    if bos is not None and ids[:1] != [bos]:
+        ids.insert(0, bos)
+    if not ids:
+        raise MeetjaxError("prompt: no token", expected="some text", found=repr(prompt)[:60])
+    return ids
+
+
 def encode(model: Any, request: Request, template: Template, max_new_tokens: int) -> list[int]:
     """The tokens that a request's answer continues. Raises MeetjaxError for none, or for more than leave room for the answer."""
     if max_new_tokens < 1:
@@ -99,13 +113,7 @@ def encode(model: Any, request: Request, template: Template, max_new_tokens: int
     if request.system is not None:
         turns = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
         prompt = (Message("system", request.system), *turns)
-    text = render_prompt(model.tokenizer, prompt, template) + request.marker
-    ids = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
-    bos = added_bos(model.tokenizer)
-    if bos is not None and ids[:1] != [bos]:
-        ids.insert(0, bos)
-    if not ids:
-        raise MeetjaxError("prompt: no token", expected="some text", found=repr(request.prompt)[:60])
+    ids = encode_prompt(model.tokenizer, prompt, template, request.marker)
     if len(ids) + max_new_tokens > model.config.max_position:
         raise MeetjaxError(
             "prompt: too long",

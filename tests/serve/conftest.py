@@ -13,6 +13,7 @@ from meetjax.models.load import Model
 from meetjax.serve import programs
 from meetjax.serve.engine import Engine, Room
 from tests.conftest import CHAT, MOVING, QUICK, TINY, apart, build_tokenizer, random_bank, random_params, take
+from tests.serve.fake import FakeEngine
 
 CONFIG = dataclasses.replace(TINY, layers=2, vocab=300, max_position=256, sliding_window=50, window_layers=(1,))
 ROOM = Room(3, 4, 2, 3, 2, sites.LINEAR, 3, sites.EDITABLE, 2, 1)
@@ -72,3 +73,14 @@ def engine(make_engine):
     engine = make_engine()
     engine.warm_up()
     return engine
+
+
+@pytest.fixture(scope="module")
+def served(model):
+    """A server on the loopback over an engine without a model."""
+    pytest.importorskip("fastapi", reason="the serve extra is not installed")
+    from tests.serve.loopback import serving
+
+    with serving(FakeEngine(model), model, body=1 << 16, patience=2.0) as it:
+        yield it
+        assert it.engine.idle()
