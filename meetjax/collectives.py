@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from typing import Any
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _WIDTHS = {
@@ -76,7 +77,8 @@ def count_traffic(text: str, unknown: int = 1) -> Traffic:
             if found[3] and len(shapes) > 1:
                 shapes = shapes[len(shapes) // 2 :]  # (operands, results, ...) of an asynchronous start
             size = sum(_WIDTHS[kind] * math.prod(dims) for kind, dims in shapes)
-            kind, ways = found[2], _ways(line)
+            kind: Any = found[2]
+            ways = _ways(line)
             if name.startswith("all-reduce-scatter"):  # a sum of which each device keeps its part, as a TPU's compiler writes it
                 kind, size = "reduce-scatter", size / ways
             if kind == "all-gather":

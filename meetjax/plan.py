@@ -38,9 +38,10 @@ from meetjax.train.stage import Stage
 from meetjax.train.step import init_state, make_step, partition
 from meetjax.types import BATCH_AXES, Batch
 
+_TRAINED: dict[str, Any] = {"lora": LoraSpec(), "red": EditSpec(), "clm": IdentitySpec(), "prompt": PromptSpec(), "full": "base"}
 RECIPES = {
     f"{name}-{loss}": Stage(trains=(spec,), objective=objective)
-    for name, spec in (("lora", LoraSpec()), ("red", EditSpec()), ("clm", IdentitySpec()), ("prompt", PromptSpec()), ("full", "base"))
+    for name, spec in _TRAINED.items()
     for loss, objective in (("dpo", Dpo()), ("sft", Sft()))
 }
 """Stages by name, with the defaults of their parts; `meetjax plan` takes a recipe's file too."""
@@ -298,9 +299,10 @@ def _decode(question: Question, setting: Setting, config: ModelConfig, mesh: Mes
         array((rows,), jnp.float32) if question.dial else None,
         array((rows,), jnp.int32),
     )
+    first, following = (getattr(jitted, "__wrapped__") for jitted in (first_token, next_token))  # noqa: B009
     new = min(256, question.length - 1)
     prompts = jax.ShapeDtypeStruct((rows, question.length - new), jnp.int32)
-    going = jax.eval_shape(lambda *a: first_token.__wrapped__(config, *a, new), apart, prompts, array((rows,), jnp.int32), asked)
+    going = jax.eval_shape(lambda *a: first(config, *a, new), apart, prompts, array((rows,), jnp.int32), asked)
     heads = "model" if config.kv_heads % mesh.shape["model"] == 0 else None
 
     def place(leaf: Any) -> NamedSharding:
@@ -310,7 +312,7 @@ def _decode(question: Question, setting: Setting, config: ModelConfig, mesh: Mes
 
     going = _placed(going, jax.tree.map(place, going))
     groups = _groups(params) | {"adapters": _bytes(bank), "cache": _bytes(going)}
-    return jax.jit(lambda *a: next_token.__wrapped__(config, *a), donate_argnums=1), (apart, going, asked), groups
+    return jax.jit(lambda *a: following(config, *a), donate_argnums=1), (apart, going, asked), groups
 
 
 def _apart(params: Any) -> Any:

@@ -228,7 +228,7 @@ def make_layout(config: ModelConfig, rows: Rows, prompt: Any = None, gates: Floa
         if chosen is not None:
             positions = jnp.concatenate([chosen[1], _moved(rows.index, rows.bos, chosen[2])], axis=1)
         return Layout(rope_angles(config, positions), None, None, lead=lead, by=by, features=_features(rows, prompt, chosen, config.dtype))
-    if chosen is None:
+    if prompt is None or chosen is None:
         window = config.sliding_window
         if rows.causal and (window is None or window >= rows.index.shape[1]):
             return Layout(rope_angles(config, rows.index), None, None, by=by)

@@ -9,6 +9,7 @@ it is `MASKED`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def splash_attention(
     if copies > 1:
         k, v = (jnp.repeat(z, copies, axis=1) for z in (k, v))
     kernel = _make_kernel(heads // ways, q.shape[2], lead, interpret)
-    run = jax.vmap(kernel)
+    run: Any = jax.vmap(kernel)
     if batch_axes or head_axis:
         spec = PartitionSpec(batch_axes or None, head_axis)
         run = jax.shard_map(run, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)

@@ -210,7 +210,8 @@ async def _events(replies: Replies, streams: Sequence[Stream], watch: Callable[[
                 for index, stream in enumerate(streams):
                     group.create_task(read(index, stream))
         except* Refusal as refusals:
-            await ready.put(error_body(refusals.exceptions[0]))
+            first: Any = refusals.exceptions[0]
+            await ready.put(error_body(first))
         except* Exception:
             log.exception("a stream failed")
             await ready.put(error_body(Refusal(500, "the server failed; its log says why", code="internal_error")))

@@ -16,6 +16,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.themes import Soft
 
 from meetjax.data.records import Message
 from meetjax.errors import MeetjaxError
@@ -47,8 +48,8 @@ footer { display: none !important }
 
 def add_page(app: FastAPI, engine: Any, model: Model) -> FastAPI:
     """The app with the page at /. Sliders are those of the adapters that are loaded now."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # the default ones are fetched
-    theme = gr.themes.Soft(primary_hue="cyan", neutral_hue="slate", **fonts)
+    fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # the default ones are fetched
+    theme = Soft(primary_hue="cyan", neutral_hue="slate", **fonts)
     return gr.mount_gradio_app(app, make_page(engine, model), "/", theme=theme, css=CSS, ssr_mode=False, show_error=True, run_history=False)
 
 
@@ -99,7 +100,7 @@ def make_page(engine: Any, model: Model) -> gr.Blocks:
         said = gr.on((box.submit, send.click), desk.say, [box, turns], [box, turns, chat], **quiet)
         said.success(desk.code, [turns, *settings], [curl, python], **quiet)
         answered = said.success(desk.chat, [turns, *settings], [turns, chat], **quiet)
-        running = [answered]
+        running: list[Any] = [answered]
         for when in (answered.success, compare.click):
             running.append(when(desk.compare, [turns, which, *at, *settings], sides, **quiet))
             running.append(when(desk.draw, [turns, which, *settings], curve, **quiet))
@@ -205,7 +206,7 @@ class _Desk:
         asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
         if not asked:
             raise gr.Error("Ask something first.", duration=3)
-        if name not in self.engine.adapters:
+        if name is None or name not in self.engine.adapters:
             raise gr.Error("No adapter is loaded: meetjax serve --adapter NAME=DIR", duration=5)
         return asked, name
 
