@@ -10,7 +10,7 @@ demo: setup
 	$(BIN)/meetjax demo
 
 test: setup
-	$(BIN)/python -m pytest tests --ignore tests/parity -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest tests --ignore tests/parity -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check meetjax experiments tests
