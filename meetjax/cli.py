@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from functools import partial
 from json import dumps
 from pathlib import Path
@@ -38,9 +36,10 @@ def align(
 
     join_hosts(coordinator, processes, process)
     from meetjax.align import align as run
+    from meetjax.experiment import read_recipe
     from meetjax.train.stage import override
 
-    run(override(_recipe(file), list(set)))
+    run(override(read_recipe(file), list(set)))
 
 
 def grid(
@@ -55,13 +54,14 @@ def grid(
         out: folder of the runs, the table and the figure (runs/NAME of the file).
         set: change a field of every recipe, such as train.steps=50; may be repeated.
     """
+    from meetjax.experiment import read_module, told_where
     from meetjax.grid import make_cells, run_grid
 
-    module: Any = _module(file)
+    module: Any = read_module(file)
     if not isinstance(getattr(module, "AXES", None), dict) or not callable(getattr(module, "get_config", None)):
         raise MeetjaxError(f"{file}", expected="AXES, a mapping, and get_config(one argument an axis)", found="not both")
     out = out or Path("runs") / file.stem
-    run_grid(_told_where(file, partial(make_cells, module.AXES, module.get_config, out, list(set))), out)
+    run_grid(told_where(file, partial(make_cells, module.AXES, module.get_config, out, list(set))), out)
 
 
 def generate(
@@ -156,14 +156,17 @@ def plan(
     import jax
     from rich.console import Console
 
+    from meetjax.experiment import read_recipe
     from meetjax.models.published import find_config
-    from meetjax.plan import RECIPES, Question, ask, first_setting
-    from meetjax.plan import suggest as find_better
-    from meetjax.plan_table import as_json, as_table, say_setting
+    from meetjax.plan.compiler import ask
+    from meetjax.plan.question import RECIPES, Question
+    from meetjax.plan.settings import first_setting
+    from meetjax.plan.settings import suggest as find_better
+    from meetjax.plan.table import as_json, as_table, say_setting
 
     jax.config.update("jax_platforms", "cpu")  # only the compiler of another platform is needed
     if recipe.endswith(".py"):
-        stage = _recipe(Path(recipe)).stages[0]
+        stage = read_recipe(Path(recipe)).stages[0]
     elif recipe in RECIPES:
         stage = RECIPES[recipe]
     else:
@@ -344,40 +347,6 @@ def serve(
     key = api_key or os.environ.get("MEETJAX_API_KEY")
     adapters = server.read_adapters(adapter)
     server.serve(model, adapters, host=host, port=port, key=key, slots=slots, capacity=capacity, queue=queue, page=page)
-
-
-def _recipe(file: Path) -> Any:
-    from meetjax.train.stage import Recipe
-
-    get_config = getattr(_module(file), "get_config", None)
-    recipe = _told_where(file, get_config) if callable(get_config) else None
-    if not isinstance(recipe, Recipe):
-        raise MeetjaxError(f"{file}: get_config()", expected="a function that returns a Recipe", found=type(recipe).__name__)
-    return recipe
-
-
-def _module(file: Path):
-    if not file.is_file():
-        raise MeetjaxError(f"{file}: no such file", expected="an experiment with get_config()", fix="see experiments/README.md")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise MeetjaxError(f"{file}: not a Python file", expected="a name ending in .py")
-    module = importlib.util.module_from_spec(spec)
-    _told_where(file, partial(spec.loader.exec_module, module))
-    return module
-
-
-def _told_where(file: Path, call: Callable[[], Any]) -> Any:
-    """What the user's code returns; what it raises becomes an error that names the file and the line."""
-    try:
-        return call()
-    except MeetjaxError as error:
-        raise MeetjaxError(f"{file}: {error}") from error
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(file.absolute())]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        raise MeetjaxError(f"{file}{f':{line}' if line else ''}: cannot be run", found=f"{type(error).__name__}: {error}") from error
 
 
 FUNCTIONS = (align, grid, generate, chat, sweep, serve, export, import_, plan, demo, selftest)

@@ -8,7 +8,16 @@ from pathlib import Path
 import meetjax
 
 ROOT = Path(meetjax.__file__).parent
-ORDER = (("errors",), ("types",), ("models",), ("adapters",), ("objectives", "data"), ("train", "generate"), ("evaluate",), ("serve",))
+ORDER = (
+    ("errors",),
+    ("types",),
+    ("models",),
+    ("adapters",),
+    ("objectives", "data"),
+    ("train", "generate"),
+    ("evaluate", "plan"),
+    ("serve",),
+)
 """Lowest first; names in one group do not see each other. Modules at the top level, `cli` among them, stand above all."""
 RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
 

@@ -10,17 +10,19 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-import meetjax.chips as chips_module
-import meetjax.plan as plan_module
+import meetjax.plan.chips as chips_module
+import meetjax.plan.settings as settings_module
 from meetjax.adapters.tree import count_parameters
-from meetjax.chips import CHIPS, open_topology
-from meetjax.collectives import count_traffic
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
 from meetjax.models.config import to_hf
 from meetjax.models.published import PUBLISHED, find_config
-from meetjax.plan import RECIPES, Answer, Question, ask, first_setting, neighbours, suggest
-from meetjax.plan_table import as_json, as_table
+from meetjax.plan.chips import CHIPS, open_topology
+from meetjax.plan.collectives import count_traffic
+from meetjax.plan.compiler import ask
+from meetjax.plan.question import RECIPES, Answer, Question
+from meetjax.plan.settings import first_setting, neighbours, suggest
+from meetjax.plan.table import as_json, as_table
 from meetjax.train.sharding import make_mesh
 from tests.conftest import TINY
 
@@ -70,7 +72,7 @@ def question(**changes):
 @pytest.fixture
 def pod(monkeypatch):
     """256 chips that no compiler has to describe."""
-    monkeypatch.setattr(plan_module, "open_topology", lambda *_: ([None] * 256, CHIPS["v5e"]))
+    monkeypatch.setattr(settings_module, "open_topology", lambda *_: ([None] * 256, CHIPS["v5e"]))
 
 
 def test_the_first_setting_follows_the_rules(pod):
@@ -108,7 +110,7 @@ def test_the_suggestion_is_the_quickest_neighbour_that_fits(pod, monkeypatch):
     for spare in (1.0, 1.2):
         by_setting = {setting: costs.get(name, (1.0, True)) for name, setting in neighbours(seven, begun.setting)}
         monkeypatch.setattr(
-            plan_module, "ask", lambda _, setting, by=by_setting, spare=spare: answer(setting, by[setting][0] * spare, by[setting][1])
+            settings_module, "ask", lambda _, setting, by=by_setting, spare=spare: answer(setting, by[setting][0] * spare, by[setting][1])
         )
         found = suggest(seven, begun, told.append)
         assert (found and found[0]) == ("mesh 1 x 32 x 8" if spare == 1.0 else None)

@@ -1,4 +1,4 @@
-"""Making a soft prompt; where it is placed is `models/attention.py`'s affair."""
+"""Making a soft prompt; where it is placed is `models/layout.py`'s affair."""
 
 from __future__ import annotations
 

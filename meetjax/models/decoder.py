@@ -16,9 +16,10 @@ from jaxtyping import Float, Int
 
 from meetjax.errors import MeetjaxError
 from meetjax.models import layers, sites
-from meetjax.models.attention import Cells, Rows, make_attend, make_cells, make_layout, make_step_layout, text_rows
+from meetjax.models.attention import make_attend
 from meetjax.models.bits import KEPT_ONLY, held, to_bits
 from meetjax.models.config import ModelConfig
+from meetjax.models.layout import Cells, Rows, make_cells, make_layout, make_step_layout, text_rows
 from meetjax.models.quant import is_quantized
 from meetjax.models.streams import Streams, block_gates, fan_out, kind_gates, make_streams, mix, repeat
 from meetjax.types import Array, Params

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from meetjax.models.attention import Rows, branched_rows, text_rows
 from meetjax.models.config import ModelConfig
 from meetjax.models.decoder import hidden_states
+from meetjax.models.layout import Rows, branched_rows, text_rows
 from meetjax.objectives.head import token_logps
 from meetjax.types import Array, Batch, Params
 

@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float, Int
 
 from meetjax.adapters.tree import Bank, Prompt
 from meetjax.generate.sampling import RowSampling, sample
-from meetjax.models.attention import Cells
 from meetjax.models.config import ModelConfig
 from meetjax.models.decoder import Cache, extend, prefill
 from meetjax.models.layers import logits
+from meetjax.models.layout import Cells
 from meetjax.serve.stream import MOST_LOGPROBS
 from meetjax.types import Array, Params
 

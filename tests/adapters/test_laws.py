@@ -17,7 +17,8 @@ from meetjax.adapters.prompt import PromptSpec, init_prompt
 from meetjax.adapters.tree import Bank, Prompt, check_gates, columns, flatten
 from meetjax.errors import MeetjaxError
 from meetjax.models import layers, sites
-from meetjax.models.attention import make_attend, make_layout, text_rows
+from meetjax.models.attention import make_attend
+from meetjax.models.layout import make_layout, text_rows
 from tests.conftest import (
     BATCH,
     DIAL,

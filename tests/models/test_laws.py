@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from meetjax.models import sites
-from meetjax.models.attention import branched_rows
 from meetjax.models.decoder import apply, unstack
+from meetjax.models.layout import branched_rows
 from tests.conftest import (
     BATCH,
     DIAL,

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from meetjax.models.attention import MASKED, _blocks, attention
+from meetjax.models.attention import _blocks, attention
 from meetjax.models.bits import held, keep, to_bits
 from meetjax.models.decoder import apply
+from meetjax.models.layout import MASKED
 from meetjax.models.products import dot
 from tests.conftest import QUICK, TINY, assert_close, assert_trees_close, random_bank, random_params
 

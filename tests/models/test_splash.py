@@ -12,8 +12,9 @@ import pytest
 
 import meetjax.models.attention as attention_module
 from meetjax.errors import MeetjaxError
-from meetjax.models.attention import branched_rows, choose_attention
+from meetjax.models.attention import choose_attention
 from meetjax.models.decoder import hidden_states
+from meetjax.models.layout import branched_rows
 from meetjax.models.splash import splash_attention, split
 from meetjax.train.sharding import make_mesh
 from tests.conftest import TINY, TOKENS, VARIANTS, assert_close, assert_trees_close, random_bank, random_params

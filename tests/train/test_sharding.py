@@ -13,7 +13,7 @@ from meetjax.adapters.tree import KINDS, Bank
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
 from meetjax.train.optim import make_optimizer
-from meetjax.train.sharding import RULES, adapter_shardings, base_shardings, batch_sharding, make_mesh, preset, state_shardings
+from meetjax.train.sharding import RULES, adapter_shardings, base_shardings, batch_sharding, check_batch, make_mesh, preset, state_shardings
 from meetjax.train.stage import Optim
 from meetjax.train.step import Parts, init_state
 from tests.conftest import TINY, random_bank, random_params
@@ -86,8 +86,9 @@ def test_a_leaf_without_a_rule_raises():
 
 
 def test_batches_that_do_not_divide_raise():
-    assert batch_sharding(MESH, 8, 2).spec == P(("data", "fsdp"))
+    assert batch_sharding(MESH).spec == P(("data", "fsdp"))
+    check_batch(8, MESH, 2)
     with pytest.raises(MeetjaxError, match=r"train\.batch_size; expected a multiple of data x fsdp = 4; found 2"):
-        batch_sharding(MESH, 2)
+        check_batch(2, MESH)
     with pytest.raises(MeetjaxError, match=r"a multiple of data x fsdp x 2 microbatches = 8; found 4"):
-        batch_sharding(MESH, 4, 2)
+        check_batch(4, MESH, 2)

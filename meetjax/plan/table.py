@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from meetjax.chips import CHIPS, Chip
-from meetjax.plan import Answer, Question, Setting
+from meetjax.plan.chips import CHIPS, Chip
+from meetjax.plan.question import Answer, Question, Setting
 
 GIB = 2**30
 
