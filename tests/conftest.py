@@ -11,6 +11,10 @@ os.environ.setdefault(
     os.path.join(tempfile.gettempdir(), "meetjax-test-compile-cache" + os.environ.get("PYTEST_XDIST_WORKER", "")),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# A program compiles in a sixth of the time, here and in the processes that tests start; see AS_USERS.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 
 import dataclasses
 import functools
@@ -49,8 +53,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("meetjax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("meetjax")
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Compiler options that compile three times faster. Not for bitwise laws: those hold for the program a user runs."""
+AS_USERS = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False, "xla_cpu_use_fusion_emitters": True}
+"""Compiler options of the bitwise laws, which hold for the program a user runs."""
 ROUNDING = 2e-5
 """Of logits of order 10: float32 sums over more columns, another batch size or another split are added in another order."""
 
@@ -113,6 +117,12 @@ KINDS_ALONE[np.repeat(np.arange(4), 2), np.arange(8)] = [0.7, 1.6, 0.8, -0.5, 1.
 KINDS_TOGETHER = np.random.default_rng(8).uniform(0, 1.2, (BATCH, 8)).astype(np.float32)
 DIAL = np.array([0.5, 1.0, 0.0, 1.7], np.float32)
 
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores: some tests wait for other processes."""
+    return (os.cpu_count() or 1) + 1
+
+
 MAPS = Path("/proc/self/maps")
 
 
@@ -124,9 +134,9 @@ def room_for_programs():
         jax.clear_caches()
 
 
-forward = jax.jit(apply, static_argnums=0)
+forward = jax.jit(apply, static_argnums=0, compiler_options=AS_USERS)
 """`apply` as users compile it."""
-quick_forward = jax.jit(apply, static_argnums=0, compiler_options=QUICK)
+quick_forward = jax.jit(apply, static_argnums=0)
 
 
 def weighted_logits(bank, params, config, tokens, gates):
@@ -135,7 +145,7 @@ def weighted_logits(bank, params, config, tokens, gates):
     return jnp.mean(logits * jnp.asarray(np.random.default_rng(9).normal(size=logits.shape), jnp.float32)), logits
 
 
-loss_and_grad = jax.jit(jax.value_and_grad(weighted_logits, has_aux=True), static_argnums=2, compiler_options=QUICK)
+loss_and_grad = jax.jit(jax.value_and_grad(weighted_logits, has_aux=True), static_argnums=2)
 """((loss, logits), gradient of the bank)."""
 
 
@@ -383,7 +393,7 @@ def command(tmp_path_factory):
 @functools.cache
 def quick_step(config, stage, tx, microbatches):
     """`make_step`'s program compiled quickly, one for all runs of a stage."""
-    return jax.jit(make_step(config, stage, tx, microbatches).__wrapped__, donate_argnums=0, compiler_options=QUICK)
+    return jax.jit(make_step(config, stage, tx, microbatches).__wrapped__, donate_argnums=0)
 
 
 @pytest.fixture(scope="module")
@@ -398,8 +408,8 @@ def quick_training():
 @functools.cache
 def quick_programs():
     """`first_token` and `next_token` compiled quickly, one pair for all modules."""
-    first = jax.jit(decode.first_token.__wrapped__, static_argnums=(0, 5), compiler_options=QUICK)
-    return first, jax.jit(decode.next_token.__wrapped__, static_argnums=0, donate_argnums=2, compiler_options=QUICK)
+    first = jax.jit(decode.first_token.__wrapped__, static_argnums=(0, 5))
+    return first, jax.jit(decode.next_token.__wrapped__, static_argnums=0, donate_argnums=2)
 
 
 @pytest.fixture(scope="module")
@@ -425,7 +435,7 @@ def aligned(model_folder, command, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny():
     """(config, params) of a three-layer model with a tied head."""
-    return TINY, jax.jit(init_params, static_argnums=0, compiler_options=QUICK)(TINY, jax.random.key(0))
+    return TINY, jax.jit(init_params, static_argnums=0)(TINY, jax.random.key(0))
 
 
 @pytest.fixture(scope="session", params=sorted(VARIANTS))

@@ -36,7 +36,7 @@ from meetjax.objectives.sft import ConditionalSft
 from meetjax.train.metrics import read_metrics
 from meetjax.train.stage import Data, Evaluation, Optim, Recipe, Stage, Train, View, override
 from meetjax.train.view import read_rows
-from tests.conftest import QUICK, write_pairs
+from tests.conftest import write_pairs
 
 STEPS = 6
 CONTROLS = View(controls=2)
@@ -46,7 +46,7 @@ TEACHERS = Stage((LORA,), ConditionalSft(per_class=True), Optim(learning_rate=3e
 BOTH_WAYS = View(instructions=("Be bad.", "Be good."))
 
 
-quick_logps = jax.jit(answer_logps, static_argnums=0, compiler_options=QUICK)
+quick_logps = jax.jit(answer_logps, static_argnums=0)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -17,7 +17,7 @@ from meetjax.errors import MeetjaxError
 from meetjax.generate.requests import generate_texts
 from meetjax.objectives.logps import answer_states
 from meetjax.sweep import parse_strengths, show, sweep_prompts, write
-from tests.conftest import QUICK, ROUNDING, quick_forward, random_bank, take
+from tests.conftest import ROUNDING, quick_forward, random_bank, take
 
 NEW = 8
 STRENGTHS = (-1.0, 0.0, 0.5, 1.0)
@@ -35,7 +35,7 @@ def swept(request, model, quick_generation):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep_module, "generate_texts", once)
-        patch.setattr(sweep_module, "forward", jax.jit(answer_states, static_argnums=0, compiler_options=QUICK))
+        patch.setattr(sweep_module, "forward", jax.jit(answer_states, static_argnums=0))
         points = sweep_prompts(model, bank, ["3 cat?", "hello"], STRENGTHS, NEW)
     assert calls == [8], "all strengths of all prompts in one batch"
     return bank, points

@@ -26,7 +26,6 @@ from tests.conftest import (
     KINDS_TOGETHER,
     LENGTH,
     MOVING,
-    QUICK,
     ROUNDING,
     TOKENS,
     VARIANTS,
@@ -179,7 +178,7 @@ def test_identity_block_is_identity(variant, dtype):
     h = jnp.asarray(100 * np.random.default_rng(0).normal(size=(BATCH, LENGTH, config.width)), dtype)
     attend = make_attend(make_layout(config, text_rows(config, jnp.asarray(TOKENS))))
     gates = layers.Gates(None, None)
-    run = jax.jit(lambda h: layers.block(config, block, h, None, None, gates, attend)[0], compiler_options=QUICK)
+    run = jax.jit(lambda h: layers.block(config, block, h, None, None, gates, attend)[0])
     np.testing.assert_array_equal(np.asarray(run(h)), np.asarray(h))
 
 

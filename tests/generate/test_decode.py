@@ -15,7 +15,7 @@ from meetjax.generate import decode
 from meetjax.generate.decode import generate_tokens
 from meetjax.generate.sampling import RowSampling
 from meetjax.models.decoder import apply, unstack
-from tests.conftest import MOVING, QUICK, TINY, apart, random_bank, random_params
+from tests.conftest import MOVING, TINY, apart, random_bank, random_params
 
 CONFIG = dataclasses.replace(TINY, layers=2, eos_token_ids=())
 STOPPING = dataclasses.replace(CONFIG, eos_token_ids=(2, 5))
@@ -26,7 +26,7 @@ NEW = 9
 DIAL = np.array([1.0, 0.4, 0.0, 1.5, 1.0], np.float32)
 
 generate = generate_tokens
-naive_logits = jax.jit(apply, static_argnums=0, compiler_options=QUICK)
+naive_logits = jax.jit(apply, static_argnums=0)
 
 
 def padded(prompts, filler=0):

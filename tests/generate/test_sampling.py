@@ -10,7 +10,6 @@ import pytest
 from meetjax.errors import MeetjaxError
 from meetjax.generate import sampling
 from meetjax.generate.sampling import RowSampling, Sampling
-from tests.conftest import QUICK
 
 VOCAB, DRAWS = 12, 4000
 LOGITS = np.random.default_rng(1).normal(size=(1, VOCAB)).astype(np.float32) * 2
@@ -18,7 +17,7 @@ RULES = [
     Sampling(1.0), Sampling(0.5), Sampling(2.0, top_k=4), Sampling(1.0, top_p=0.7), Sampling(0.7, 5, 0.8), Sampling(1.0, 1),
     Sampling(1.0, top_p=1e-6), Sampling(1.0, top_k=99),
 ]  # fmt: skip
-filtered, sample = (jax.jit(function, compiler_options=QUICK) for function in (sampling.filtered, sampling.sample))
+filtered, sample = (jax.jit(function) for function in (sampling.filtered, sampling.sample))
 
 
 def rows_of(rules, seeds):

@@ -18,7 +18,6 @@ from tests.conftest import (
     KINDS_TOGETHER,
     LENGTH,
     MOVING,
-    QUICK,
     TOKENS,
     apart,
     assert_close,
@@ -31,9 +30,9 @@ LENGTHS = np.array([6, 4, 5, 2], np.int32)
 PROMPT, CAPACITY = 6, 12
 """Prompts of at most 6 tokens; three more follow, and the cache keeps cells that no token ever fills."""
 
-quick_prefill = jax.jit(prefill, static_argnums=(0, 4), compiler_options=QUICK)
-quick_step = jax.jit(decode_step, static_argnums=0, compiler_options=QUICK)
-quick_extend = jax.jit(extend, static_argnums=0, compiler_options=QUICK)
+quick_prefill = jax.jit(prefill, static_argnums=(0, 4))
+quick_step = jax.jit(decode_step, static_argnums=0)
+quick_extend = jax.jit(extend, static_argnums=0)
 
 
 def padded(starts, lengths, width, filler=0):

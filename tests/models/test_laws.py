@@ -22,7 +22,6 @@ from tests.conftest import (
     KINDS_TOGETHER,
     LENGTH,
     MOVING,
-    QUICK,
     TINY,
     TOKENS,
     VARIANTS,
@@ -58,7 +57,7 @@ def test_vmap_equals_batched(base):
         return apply(config, params, tokens[None], bank, gates[None], dial=dial[None])[0]
 
     batched = quick_forward(config, params, TOKENS, bank, KINDS_ALONE, dial=DIAL)
-    mapped = jax.jit(jax.vmap(row, (None, None, 0, 0, 0)), compiler_options=QUICK)
+    mapped = jax.jit(jax.vmap(row, (None, None, 0, 0, 0)))
     assert_close(mapped(params, bank, TOKENS, KINDS_ALONE, DIAL), batched)
 
 
@@ -70,7 +69,7 @@ def test_vmap_over_banks_equals_loop(base):
     def run(params, bank):
         return apply(config, params, TOKENS, bank, KINDS_ALONE, dial=DIAL)
 
-    mapped = jax.jit(jax.vmap(run, (None, 0)), compiler_options=QUICK)(params, stacked)
+    mapped = jax.jit(jax.vmap(run, (None, 0)))(params, stacked)
     looped = [quick_forward(config, params, TOKENS, bank, KINDS_ALONE, dial=DIAL) for bank in banks]
     assert_close(mapped, np.stack(looped))
     assert_differs(*looped)

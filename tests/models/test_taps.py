@@ -12,10 +12,10 @@ from meetjax.adapters.tree import Bank
 from meetjax.errors import MeetjaxError
 from meetjax.models.decoder import block_states, hidden_states
 from meetjax.models.layers import rms_norm
-from tests.conftest import BATCH, KINDS_TOGETHER, QUICK, TINY, TOKENS, assert_close, random_bank, random_params
+from tests.conftest import BATCH, KINDS_TOGETHER, TINY, TOKENS, assert_close, random_bank, random_params
 
-states = jax.jit(block_states, static_argnums=(0, 3), compiler_options=QUICK)
-normed = jax.jit(hidden_states, static_argnums=0, compiler_options=QUICK)
+states = jax.jit(block_states, static_argnums=(0, 3))
+normed = jax.jit(hidden_states, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_nothing_behind_the_last_tap_is_computed(adapted):
     def loss(lora):
         return sum((state**2).sum() for state in block_states(TINY, params, TOKENS, (1, 2), Bank(lora=lora), KINDS_TOGETHER))
 
-    gradient = jax.jit(jax.grad(loss), compiler_options=QUICK)(bank.lora)
+    gradient = jax.jit(jax.grad(loss))(bank.lora)
     for leaf in jax.tree.leaves(gradient):
         assert np.asarray(leaf)[:2].any() and not np.asarray(leaf)[2:].any()
 

@@ -11,7 +11,7 @@ import pytest
 
 from meetjax.objectives.head import CHUNK, token_logps
 from meetjax.train.sharding import make_mesh
-from tests.conftest import QUICK, assert_close, assert_trees_close
+from tests.conftest import assert_close, assert_trees_close
 
 VOCAB, WIDTH = 97, 16
 
@@ -49,7 +49,7 @@ def test_token_logps_equals_dense_log_softmax(rows, length, tied, head_trains):
         def loss(h, p):
             return jnp.sum(logps(p, h, source, targets, scored) * weights)
 
-        return jax.jit(jax.value_and_grad(loss, (0, 1) if head_trains else 0), compiler_options=QUICK)(hidden, params)
+        return jax.jit(jax.value_and_grad(loss, (0, 1) if head_trains else 0))(hidden, params)
 
     assert_close(token_logps(params, hidden, source, targets, scored), dense(params, hidden, source, targets, scored))
     (value, grads), (expected, expected_grads) = run(token_logps), run(dense)
@@ -72,11 +72,11 @@ def test_sharded_equals_single_device():
     def loss(h, p):
         return jnp.sum(token_logps(p, h, source, targets, scored) ** 2)
 
-    expected = jax.jit(jax.value_and_grad(loss, (0, 1)), compiler_options=QUICK)(hidden, params)
+    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, params)
     mesh = make_mesh((2, 2, 2))
     with jax.set_mesh(mesh):
         place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
-        found = jax.jit(jax.value_and_grad(loss, (0, 1)), compiler_options=QUICK)(jax.device_put(hidden, place), params)
+        found = jax.jit(jax.value_and_grad(loss, (0, 1)))(jax.device_put(hidden, place), params)
     assert_trees_close(found, expected, factor=4)
 
 
@@ -86,7 +86,7 @@ def test_no_buffer_holds_all_logits(wrt):
     rows, length, vocab = 4, CHUNK, 1009
     hidden, places = jax.ShapeDtypeStruct((rows, length, WIDTH), jnp.float32), jax.ShapeDtypeStruct((rows, length), jnp.int32)
     head, scored = {"head": jax.ShapeDtypeStruct((WIDTH, vocab), jnp.float32)}, jax.ShapeDtypeStruct((rows, length), jnp.bool_)
-    gradient = jax.jit(jax.grad(lambda h, p, s, t, m: jnp.sum(token_logps(p, h, s, t, m)), wrt), compiler_options=QUICK)
+    gradient = jax.jit(jax.grad(lambda h, p, s, t, m: jnp.sum(token_logps(p, h, s, t, m)), wrt))
     found = re.findall(r"f32\[([\d,]+)\]", gradient.lower(hidden, head, places, places, scored).compile().as_text())
     sizes = [int(np.prod([int(size) for size in shape.split(",")])) for shape in found if str(vocab) in shape.split(",")]
     assert CHUNK * vocab in sizes  # the search sees what it looks for

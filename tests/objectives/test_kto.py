@@ -14,7 +14,7 @@ import pytest
 from meetjax.objectives.kto import ApoZeroUnpaired, Kto
 from meetjax.train.step import make_gradient, partition
 from meetjax.types import Batch
-from tests.conftest import QUICK, TINY, assert_trees_close, random_bank, random_params
+from tests.conftest import TINY, assert_trees_close, random_bank, random_params
 
 BETA = 0.3
 KTO = Kto(BETA, good_weight=1.0, bad_weight=1.5)
@@ -172,7 +172,7 @@ SMALL_MODEL = dataclasses.replace(TINY, layers=2, vocab=98)
 
 @functools.cache
 def gradient_of(microbatches):
-    return jax.jit(make_gradient(SMALL_MODEL, KTO, microbatches), compiler_options=QUICK)
+    return jax.jit(make_gradient(SMALL_MODEL, KTO, microbatches))
 
 
 @pytest.mark.parametrize("microbatches", [2, 4])

@@ -9,7 +9,7 @@ import pytest
 from meetjax.models.decoder import apply
 from meetjax.objectives.logps import answer_logps, answer_places
 from meetjax.types import Batch
-from tests.conftest import QUICK, TINY, assert_close, random_bank, random_params
+from tests.conftest import TINY, assert_close, random_bank, random_params
 
 VOCAB = 97
 
@@ -35,7 +35,7 @@ def make_batch(width=11, filler=0):
     return Batch(tokens, np.array([[3, 3], [2, 2]], np.int32), lengths, np.ones(2, np.float32))
 
 
-scores = jax.jit(answer_logps, static_argnums=0, compiler_options=QUICK)
+scores = jax.jit(answer_logps, static_argnums=0)
 
 
 def test_answer_logps_equals_a_loop():
@@ -44,7 +44,7 @@ def test_answer_logps_equals_a_loop():
     gates = np.array([[0.5], [1.0]], np.float32)
     batch = Batch(batch.tokens, batch.starts, batch.ends, batch.weights, gates)
     found = np.asarray(scores(TINY, params, bank, batch))
-    logits = jax.jit(apply, static_argnums=0, compiler_options=QUICK)
+    logits = jax.jit(apply, static_argnums=0)
     flat = logits(TINY, params, batch.tokens.reshape(4, -1), bank, np.repeat(gates, 2, axis=0))
     logps = np.asarray(jax.nn.log_softmax(flat, axis=-1)).reshape(2, 2, 11, VOCAB)
     for b in range(2):

@@ -16,7 +16,7 @@ from meetjax.adapters.lora import LoraSpec
 from meetjax.objectives.logps import answer_logps
 from meetjax.objectives.preference import Dpo, dpo_loss, preferred
 from meetjax.types import Batch
-from tests.conftest import QUICK, TINY, assert_close, random_params
+from tests.conftest import TINY, assert_close, random_params
 
 BETA = 0.3
 LOGPS = np.random.default_rng(1).normal(-40, 10, (6, 2)).astype(np.float32)
@@ -103,7 +103,7 @@ def test_step0_preference_loss_is_ln2(spec):
     tokens = draw.integers(3, 97, (3, 2, 9)).astype(np.int32)
     starts = np.full((3, 2), 4, np.int32)
     batch = Batch(tokens, starts, draw.integers(6, 10, (3, 2)).astype(np.int32), np.ones(3, np.float32))
-    scores = jax.jit(answer_logps, static_argnums=0, compiler_options=QUICK)
+    scores = jax.jit(answer_logps, static_argnums=0)
     logps = scores(TINY, params, bank, batch)
     total, count, metrics = Dpo()(
         logps, Batch(tokens, starts, batch.ends, batch.weights, None, np.asarray(scores(TINY, params, None, batch)))

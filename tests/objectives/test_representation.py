@@ -20,7 +20,7 @@ from meetjax.train.optim import make_optimizer
 from meetjax.train.stage import Optim, Stage
 from meetjax.train.step import init_state, make_gradient, make_step, partition
 from meetjax.types import Batch
-from tests.conftest import QUICK, TINY, assert_close, assert_trees_close, random_bank, random_params
+from tests.conftest import TINY, assert_close, assert_trees_close, random_bank, random_params
 
 TAPS = (1, 2)
 OWN, OTHER = np.array([-6.0, -9.0, -4.0], np.float32), np.array([-8.0, -9.0, -1.0], np.float32)
@@ -92,7 +92,7 @@ def fresh_lora():
 
 @functools.cache
 def gradient_of(objective):
-    return jax.jit(make_gradient(TINY, objective), compiler_options=QUICK)
+    return jax.jit(make_gradient(TINY, objective))
 
 
 def run(objective, bank, batch, teacher=None):
@@ -155,7 +155,7 @@ def test_a_reachable_target_is_reached():
     frozen = dataclasses.replace(frozen, teacher=Bank(lora=random_bank(TINY, ("lora",), entries=(0,)).lora))
     stage = Stage(objective=objective, optim=Optim(learning_rate=2e-2, schedule="cosine", clip=0.0))
     tx = make_optimizer(stage.optim, 60)
-    step = jax.jit(make_step(TINY, stage, tx).__wrapped__, compiler_options=QUICK)
+    step = jax.jit(make_step(TINY, stage, tx).__wrapped__)
     state, losses = init_state(trainable, tx), []
     for _ in range(60):
         state, metrics = step(state, frozen, batch)

@@ -23,7 +23,7 @@ from meetjax.train.sharding import make_mesh, put_batch
 from meetjax.train.stage import Optim, Stage
 from meetjax.train.step import init_state, make_gradient, partition
 from meetjax.types import Batch
-from tests.conftest import QUICK, TINY, assert_close, assert_trees_close, lay_together, quick_step, random_bank, random_params
+from tests.conftest import TINY, assert_close, assert_trees_close, lay_together, quick_step, random_bank, random_params
 
 SMALL = dataclasses.replace(TINY, layers=2)
 KINDS = ("lora", "reward")
@@ -64,7 +64,7 @@ def parts():
 
 @functools.cache
 def gradient_of(microbatches=1):
-    return jax.jit(make_gradient(SMALL, CENTRED, microbatches), compiler_options=QUICK)
+    return jax.jit(make_gradient(SMALL, CENTRED, microbatches))
 
 
 def assert_same(found, expected):
@@ -77,7 +77,7 @@ def assert_same(found, expected):
 def test_reward_is_read_at_the_last_token_of_each_answer(parts):
     """Each answer alone, without padding: sum_e g_e u_e . h at its end."""
     params, bank, batch = parts[1].params, parts[0].adapters, make_batch(rows=2)
-    found = jax.jit(answer_rewards, static_argnums=0, compiler_options=QUICK)(SMALL, params, bank, batch)
+    found = jax.jit(answer_rewards, static_argnums=0)(SMALL, params, bank, batch)
     for b in range(2):
         for c in range(2):
             tokens = batch.tokens[b, c : c + 1, : batch.ends[b, c]]

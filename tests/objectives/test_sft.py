@@ -13,7 +13,7 @@ import pytest
 from meetjax.objectives.sft import ConditionalSft, Sft, sft_loss
 from meetjax.train.step import make_gradient, partition
 from meetjax.types import Batch
-from tests.conftest import QUICK, TINY, assert_trees_close, random_bank, random_params
+from tests.conftest import TINY, assert_trees_close, random_bank, random_params
 
 LOGPS = np.array([[-6.0], [-1.0], [-30.0]], np.float32)
 STARTS, LENGTHS = np.array([[2], [3], [1]], np.int32), np.array([[5], [4], [9]], np.int32)
@@ -101,7 +101,7 @@ def test_more_classes_than_two():
 @functools.cache
 def gradient_of(microbatches):
     config = dataclasses.replace(TINY, layers=2, vocab=98)
-    return config, jax.jit(make_gradient(config, ConditionalSft(per_class=True), microbatches), compiler_options=QUICK)
+    return config, jax.jit(make_gradient(config, ConditionalSft(per_class=True), microbatches))
 
 
 @pytest.mark.parametrize("microbatches", [2, 4])

@@ -12,7 +12,7 @@ from meetjax.models import sites
 from meetjax.models.load import Model
 from meetjax.serve import programs
 from meetjax.serve.engine import Engine, Room
-from tests.conftest import CHAT, MOVING, QUICK, TINY, apart, build_tokenizer, random_bank, random_params, take
+from tests.conftest import CHAT, MOVING, TINY, apart, build_tokenizer, random_bank, random_params, take
 from tests.serve.fake import FakeEngine
 
 CONFIG = dataclasses.replace(TINY, layers=2, vocab=300, max_position=256, sliding_window=50, window_layers=(1,))
@@ -39,7 +39,7 @@ def quick_programs():
     with pytest.MonkeyPatch.context() as patch:
         for name, static in STATIC.items():
             function = getattr(programs, name).__wrapped__
-            options = {"static_argnums": static, "donate_argnums": DONATED.get(name, ()), "compiler_options": QUICK}
+            options = {"static_argnums": static, "donate_argnums": DONATED.get(name, ())}
             patch.setattr(programs, name, jax.jit(function, **options))
         yield
 

@@ -18,7 +18,7 @@ from meetjax.generate.decode import generate_tokens
 from meetjax.generate.sampling import RowSampling, Sampling
 from meetjax.models.decoder import unstack
 from meetjax.serve.engine import Ask, Engine, QueueFull, Room
-from tests.conftest import QUICK, assert_close, quick_forward, random_bank, take
+from tests.conftest import assert_close, quick_forward, random_bank, take
 from tests.serve.conftest import BANK, CAPACITY, CONFIG, NAMES, adapter
 
 NEW = 10
@@ -97,8 +97,8 @@ def alone(engine, asks):
 
 def test_answers_are_those_of_offline_generation(tiny_model, asks, alone):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "first_token", jax.jit(decode.first_token.__wrapped__, static_argnums=(0, 5), compiler_options=QUICK))
-        patch.setattr(decode, "next_token", jax.jit(decode.next_token.__wrapped__, static_argnums=0, compiler_options=QUICK))
+        patch.setattr(decode, "first_token", jax.jit(decode.first_token.__wrapped__, static_argnums=(0, 5)))
+        patch.setattr(decode, "next_token", jax.jit(decode.next_token.__wrapped__, static_argnums=0))
         expected = offline(asks, tiny_model.params)
     assert [tuple(piece.token for piece in pieces) for pieces in alone] == expected
     for ask, pieces in zip(asks, alone, strict=True):

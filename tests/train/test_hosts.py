@@ -35,7 +35,6 @@ LORA = 'LoraSpec(rank=2, sites=("q", "down")),'
 MESH = "1,8,1"
 """Each process holds half of the rows and half of every weight."""
 GONE = "is gone: killed, cut off, or ended by an error of its own; see its log; the last checkpoint stands"
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def free_port():
@@ -62,16 +61,15 @@ def hosts(command, file):
         for i in which:
             told = ("--coordinator", f"127.0.0.1:{port}", "--processes", 2, "--process", i)
             place = {"folder": folders[i]} if folders[i] else {}
-            environment = {"MEETJAX_HOST_TIMEOUT": str(WAIT), "XLA_FLAGS": QUICK}
             given = arguments(out, (*settings, *(own if i else ())), mesh, script)
-            pids.append(command.start(*given, *told, devices=4, limit=LIMIT, **place, **environment))
+            pids.append(command.start(*given, *told, devices=4, limit=LIMIT, **place, MEETJAX_HOST_TIMEOUT=str(WAIT)))
         return pids
 
     def run(out, *settings, **how):
         return [command.finish(pid) for pid in start(out, *settings, **how)]
 
     def alone(out, *settings, mesh=MESH):
-        return command.finish(command.start(*arguments(out, settings, mesh), devices=8, limit=LIMIT, XLA_FLAGS=QUICK))
+        return command.finish(command.start(*arguments(out, settings, mesh), devices=8, limit=LIMIT))
 
     run.start, run.alone, run.finish = start, alone, command.finish
     return run
@@ -153,7 +151,8 @@ def test_two_processes_train_as_one_does(hosts, undisturbed, tmp_path):
     assert two["held_out_margin_nats"] == pytest.approx(one["held_out_margin_nats"], abs=1e-4)
     assert two["trained_parameters"] == one["trained_parameters"]
     assert f"wrote {out / 'summary.json'}" in first.out.replace("\n", "")
-    assert not [line for line in second.out.splitlines() if "Gloo" not in line]
+    # Gloo prints from several threads at once, so that a number of its line can stand on one of its own.
+    assert not [line for line in second.out.splitlines() if "Gloo" not in line and not line.strip().isdigit()]
 
 
 def test_a_killed_process_ends_the_other_and_the_pair_goes_on_bit_for_bit(hosts, undisturbed, tmp_path):

@@ -22,7 +22,7 @@ from meetjax.train.sharding import base_shardings, make_mesh, put_batch, state_s
 from meetjax.train.stage import Optim, Stage
 from meetjax.train.step import State, init_state, join, make_gradient, make_loss, make_step, partition
 from meetjax.types import Batch
-from tests.conftest import MOVING, QUICK, TINY, assert_trees_close, lay_together, random_bank, random_params
+from tests.conftest import MOVING, TINY, assert_trees_close, lay_together, random_bank, random_params
 
 SMALL = dataclasses.replace(TINY, layers=2, vocab=98)
 """98: the vocabulary divides by the model axis of a mesh."""
@@ -68,7 +68,7 @@ def make_batch(objective, rows=4, width=10, seed=5, shared=False):
 
 @functools.cache
 def gradient_of(objective, microbatches=1):
-    return jax.jit(make_gradient(SMALL, objective(), microbatches), compiler_options=QUICK)
+    return jax.jit(make_gradient(SMALL, objective(), microbatches))
 
 
 @functools.cache
@@ -76,10 +76,10 @@ def step_of(kind):
     """(optimiser, the step of a one-kind DPO stage, compiled quickly)."""
     stage = Stage((), Dpo(), Optim(learning_rate=RATES[kind], schedule="constant", warmup=0.0))
     tx = make_optimizer(stage.optim, STEPS)
-    return tx, jax.jit(make_step(SMALL, stage, tx).__wrapped__, donate_argnums=0, compiler_options=QUICK)
+    return tx, jax.jit(make_step(SMALL, stage, tx).__wrapped__, donate_argnums=0)
 
 
-scores = jax.jit(answer_logps, static_argnums=0, compiler_options=QUICK)
+scores = jax.jit(answer_logps, static_argnums=0)
 
 
 def run_steps(kind, bank, params, batch, count):
@@ -292,7 +292,7 @@ def test_batch_that_does_not_divide_raises():
 
 
 def flops(function, *arguments):
-    return jax.jit(function, compiler_options=QUICK).lower(*arguments).compile().cost_analysis()["flops"]
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
 
 def test_no_flops_for_the_frozen_base():

@@ -26,7 +26,7 @@ from meetjax.objectives.sft import Sft
 from meetjax.train.stage import Data, Stage, View
 from meetjax.train.step import make_gradient, partition
 from meetjax.train.view import check_columns, read_rows
-from tests.conftest import QUICK, assert_close, write_pairs
+from tests.conftest import assert_close, write_pairs
 
 CONTROLS = (LoraSpec(rank=2, sites=("q", "v")), PromptSpec(length=2, text=("bad", "good")), EditSpec())
 
@@ -143,7 +143,7 @@ def test_what_a_view_cannot_be_is_told(model, pairs_file):
         init_bank(model.config, model.params, CONTROLS, model.tokenizer, jax.random.key(0), 3)
 
 
-scores = jax.jit(answer_logps, static_argnums=0, compiler_options=QUICK)
+scores = jax.jit(answer_logps, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_class_without_rows_has_no_gradient(model, controlled):
     batch, _ = next(eval_batches(subset(rows, good[:4]), 4, (64,)))
     for kind in ("lora", "prompt", "edit"):
         parts = partition(model.params, bank, kinds=(kind,), base=False)
-        gradient, _ = jax.jit(make_gradient(model.config, LabelledSft()), compiler_options=QUICK)(*parts, batch)
+        gradient, _ = jax.jit(make_gradient(model.config, LabelledSft()))(*parts, batch)
         axis = 0 if kind == "prompt" else 1
         for leaf in jax.tree.leaves(getattr(gradient.adapters, kind)):
             assert not np.take(np.asarray(leaf), 0, axis).any(), kind
