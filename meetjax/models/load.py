@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from meetjax.models import gguf, hf
 from meetjax.models.config import ModelConfig
 from meetjax.models.fingerprint import fingerprint, sample
-from meetjax.models.quant import Quantize, check_quantize, quantize_leaf
+from meetjax.models.quant import Quantize, check_quantize, quantize_leaf, tile_of
 from meetjax.models.sites import LINEAR
 from meetjax.models.sources import find_source
 from meetjax.models.weights import Shardings, place
@@ -55,10 +55,11 @@ def load(
     samples: dict[str, Any] = {}
 
     def each(path: str, leaf: Any) -> Any:
-        if quantize == "none" or path.removeprefix("blocks/") not in LINEAR:
+        site = path.removeprefix("blocks/")
+        if quantize == "none" or site not in LINEAR:
             return leaf
         samples[path] = sample(path, leaf)
-        return quantize_leaf(leaf, quantize)
+        return quantize_leaf(leaf, quantize, tile_of(site, quantize))
 
     params = place(checkpoint, dtype, mesh, shardings, each)
     return Model(checkpoint.name, checkpoint.config, params, tokenizer, fingerprint(checkpoint.config, params, samples), quantize)

@@ -4,13 +4,14 @@
 
 A quantised leaf is a qwix QArray, itself a tree of three arrays that lead with the layer axis, so that it is scanned, sliced, split over
 devices and passed through `jax.jit` like the array in whose place it stands; `products.dot` alone computes with it. QLoRA (Dettmers et
-al. 2023, arXiv 2305.14314) is any adapter on such a base. int8 takes 1.094 bytes a weight and int4 0.578, scales (bfloat16) included.
+al. 2023, arXiv 2305.14314) is any adapter on such a base. int8 takes 1.047 bytes a weight, 1.094 at the sites in `FINE`, and int4
+0.578, scales (bfloat16) and zeros included.
 """
 
 from __future__ import annotations
 
-import functools
 import math
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -26,11 +27,16 @@ from meetjax.models.config import ModelConfig
 from meetjax.types import Array, Params
 
 Quantize = Literal["none", "int8", "int4"]
-TILE = 32
-"""Inputs of a column that share a scale and a zero; where it does not divide the axis, its greatest common divisor with it."""
+TILES, FINE = {"int8": 64, "int4": 32}, ("q", "k", "v")
+"""Inputs of a column that share a scale and a zero; 32 at the sites in `FINE`, to whose error the logits are the most sensitive."""
 RANGES = {"int8": (-128, 127), "int4": (-8, 7)}
 STRETCHES, TRIES = {"int8": (0.995, 1.155), "int4": (0.8, 1.2)}, 33
 """Multiples of the step that just covers a tile which are tried: integers of a slightly other one can lie nearer to its numbers."""
+
+
+def tile_of(site: str, kind: str) -> int:
+    """How many inputs share a scale; where it does not divide the axis, its greatest common divisor with it does."""
+    return 32 if site in FINE else TILES[kind]
 
 
 def is_quantized(leaf: Any) -> bool:
@@ -44,15 +50,15 @@ def check_quantize(kind: str) -> None:
         raise MeetjaxError("argument quantize", expected=" or ".join(get_args(Quantize)), found=kind)
 
 
-def quantize(leaf: Float[Array, "L I out"], kind: Quantize) -> QArray:
+def quantize(leaf: Float[Array, "L I out"], kind: Quantize, tile: int) -> QArray:
     """One stacked matrix in "int8" or "int4": of `TRIES` scales a tile, the one with the smallest squared error, rounded to nearest."""
-    return jax.lax.map(functools.partial(_quantize_matrix, kind=kind), leaf)  # one layer at a time: trying takes room
+    return jax.lax.map(partial(_quantize_matrix, kind=kind, tile=tile), leaf)  # one layer at a time: trying takes room
 
 
-def _quantize_matrix(leaf: Float[Array, "in out"], kind: Quantize) -> QArray:
+def _quantize_matrix(leaf: Float[Array, "in out"], kind: Quantize, tile: int) -> QArray:
     (low, high), (first, last) = RANGES[kind], STRETCHES[kind]
     rows, columns = leaf.shape
-    tile = math.gcd(TILE, rows)
+    tile = math.gcd(tile, rows)
     w = leaf.astype(jnp.float32).reshape(rows // tile, tile, columns)
     least, most = jnp.minimum(jnp.min(w, 1, keepdims=True), 0.0), jnp.maximum(jnp.max(w, 1, keepdims=True), 0.0)
     step = (most - least) / (high - low)
@@ -73,16 +79,16 @@ def _quantize_matrix(leaf: Float[Array, "in out"], kind: Quantize) -> QArray:
     return QArray(q.reshape(leaf.shape).astype(kind), scale[:, 0].astype(jnp.bfloat16), zero[:, 0].astype(kind), kind)
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "where"))
-def _quantize_on(leaf: Array, kind: Quantize, where: NamedSharding | None) -> QArray:
-    made = quantize(leaf, kind)
+@partial(jax.jit, static_argnames=("kind", "tile", "where"))
+def _quantize_on(leaf: Array, kind: Quantize, tile: int, where: NamedSharding | None) -> QArray:
+    made = quantize(leaf, kind, tile)
     return made if where is None else jax.lax.with_sharding_constraint(made, where)
 
 
-def quantize_leaf(leaf: Array, kind: Quantize) -> QArray:
+def quantize_leaf(leaf: Array, kind: Quantize, tile: int) -> QArray:
     """`quantize` as one program; of a matrix that is split over a mesh, the result split by `leaf_sharding`."""
     where = getattr(leaf, "sharding", None)
-    return _quantize_on(leaf, kind, leaf_sharding(where, leaf.shape) if isinstance(where, NamedSharding) else None)
+    return _quantize_on(leaf, kind, tile, leaf_sharding(where, leaf.shape, tile) if isinstance(where, NamedSharding) else None)
 
 
 def quantize_params(params: Params, kind: Quantize) -> Params:
@@ -90,7 +96,8 @@ def quantize_params(params: Params, kind: Quantize) -> Params:
     check_quantize(kind)
     if kind == "none":
         return params
-    return params | {"blocks": {name: quantize_leaf(x, kind) if name in sites.LINEAR else x for name, x in params["blocks"].items()}}
+    made = {name: quantize_leaf(params["blocks"][name], kind, tile_of(name, kind)) for name in sites.LINEAR}
+    return params | {"blocks": params["blocks"] | made}
 
 
 def plain(leaf: Any) -> Array:
@@ -104,7 +111,7 @@ def dequantize_params(params: Params) -> Params:
     return jax.tree.map(lambda leaf: plain(leaf).astype(dtype) if is_quantized(leaf) else leaf, params, is_leaf=is_quantized)
 
 
-def leaf_sharding(where: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+def leaf_sharding(where: NamedSharding, shape: tuple[int, ...], tile: int) -> NamedSharding:
     """Where all three arrays of a quantised leaf live, given where its matrix [L, in, out] would.
 
     A tile is never cut. Where the number of tiles does not divide (11,008 inputs over 16 devices), the mesh axes of the input axis
@@ -116,7 +123,7 @@ def leaf_sharding(where: NamedSharding, shape: tuple[int, ...]) -> NamedSharding
 
     parts = ((part,) if isinstance(part, str) else tuple(part or ()) for part in (*where.spec, None, None, None)[:3])
     layers, rows, columns = parts
-    if (shape[1] // math.gcd(TILE, shape[1])) % ways(rows):
+    if (shape[1] // math.gcd(tile, shape[1])) % ways(rows):
         rows, columns = (), columns if shape[2] % ways(columns + rows) else columns + rows
     return NamedSharding(where.mesh, PartitionSpec(*(part or None for part in (layers, rows, columns))))
 
@@ -126,7 +133,9 @@ def quantized_shapes(config: ModelConfig, kind: Quantize, dtype: Any = jnp.bfloa
     check_quantize(kind)
     made = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, dtype), sites.shapes(config), is_leaf=lambda n: isinstance(n, tuple))
     if kind != "none":
-        made["blocks"] |= {name: jax.eval_shape(lambda x: quantize(x, kind), made["blocks"][name]) for name in sites.LINEAR}
+        made["blocks"] |= {
+            name: jax.eval_shape(lambda x, n=name: quantize(x, kind, tile_of(n, kind)), made["blocks"][name]) for name in sites.LINEAR
+        }
     return made
 
 
@@ -135,5 +144,5 @@ def quantized_shardings(config: ModelConfig, kind: Quantize, shardings: dict[str
     if kind == "none":
         return shardings
     shapes = sites.shapes(config)["blocks"]
-    blocks = {n: leaf_sharding(where, shapes[n]) if n in sites.LINEAR else where for n, where in shardings["blocks"].items()}
-    return shardings | {"blocks": blocks}
+    made = {name: leaf_sharding(shardings["blocks"][name], shapes[name], tile_of(name, kind)) for name in sites.LINEAR}
+    return shardings | {"blocks": shardings["blocks"] | made}

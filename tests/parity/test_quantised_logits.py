@@ -9,7 +9,7 @@ from meetjax.models.quant import quantize_params
 from tests.conftest import forward
 
 GOAL = 0.02
-"""|z' - z| / |z| over all logits of real text. 0.015 was measured on other text; with a scale a column instead of a tile, 0.045."""
+"""|z' - z| / |z| over all logits of real text. With a scale a column instead of a tile, 0.045."""
 
 
 def test_int8_logits_are_within_two_percent(smollm2, pairs):
