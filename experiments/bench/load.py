@@ -1,12 +1,13 @@
 """The server under load on this machine: `make load`.
 
-    python experiments/bench/load.py [--minutes 5] [--clients 64] [--kinds 48] [--slots 16] [--out runs/load]
+    python experiments/bench/load.py [--minutes 5] [--clients 64] [--kinds 48] [--slots 16] [--llama-server FILE] [--out runs/load]
 
 `meetjax serve` with SmolLM2-135M-Instruct and 8 adapters (3 LoRA, 3 edits, 2 soft prompts; random, as large as trained ones) answers
 `--clients` streaming clients over the loopback, in processes apart. Each client asks one of `--kinds` requests after the other, drawn at
 random: a prompt with strengths of one or two adapters, one in eight with a logit dial, greedy. Afterwards each answer is held
 against the one that the same request gets alone, and against `generate_texts` without a server. Beside it transformers' `generate`
-answers the same prompts without adapters, one by one and in batches of `--slots`. Writes summary.json, a list of
+answers the same prompts without adapters, one by one and in batches of `--slots`, and llama.cpp's server, where its program is given, the
+same clients for a minute without adapters, from the model's GGUF file and so with 4-bit weights. Writes summary.json, a list of
 {"name", "goal", "measured", "ok"}, and table.md.
 """
 
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.prompt import PromptSpec
 from meetjax.generate.requests import Request, generate_texts
 from meetjax.models.save import save_model
+from meetjax.models.sources import find_source
 
 CONSOLE = Console()
 MODEL = "smollm2-135m-instruct"
@@ -62,9 +65,13 @@ class Kind:
     adapters: tuple[tuple[str, float], ...]
     dial: float | None
 
-    def body(self, tokens: int) -> dict[str, Any]:
+    def plain(self, tokens: int) -> dict[str, Any]:
+        """Without what only meetjax has."""
         wish = {"model": "base", "messages": [{"role": "user", "content": self.prompt}], "temperature": 0, "max_tokens": tokens}
-        wish |= {"adapters": dict(self.adapters), "stream": True, "stream_options": {"include_usage": True}}
+        return wish | {"stream": True, "stream_options": {"include_usage": True}}
+
+    def body(self, tokens: int) -> dict[str, Any]:
+        wish = self.plain(tokens) | {"adapters": dict(self.adapters)}
         return wish if self.dial is None else wish | {"logit_dial": self.dial}
 
 
@@ -103,27 +110,26 @@ def draw_kinds(count: int) -> list[Kind]:
 
 
 class Server:
-    """`meetjax serve` in a process of its own."""
+    """A server in a process of its own, from when it answers /health; command: without the port, which is its last argument."""
 
-    def __init__(self, out: Path, slots: int, clients: int):
+    def __init__(self, command: list[str], log: Path):
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        self.url, adapters = f"http://127.0.0.1:{self.port}", [f"--adapter={name}={out / 'adapters' / name}" for name in SPECS]
-        command = [sys.executable, "-m", "meetjax.cli", "serve", "--port", str(self.port), "--slots", str(slots), "--queue", str(clients)]
-        self.log = (out / "server.log").open("w")
-        begun = time.monotonic()
-        self.process = subprocess.Popen([*command, "--capacity", "512", "--no-page", *adapters], stderr=self.log)
-        while True:
-            try:
-                httpx.get(self.url + "/health", timeout=5).raise_for_status()
-                break
-            except httpx.HTTPError:
-                if self.process.poll() is not None:
-                    raise SystemExit(f"the server ended; see {self.log.name}") from None
-                time.sleep(0.2)
+        self.url, self.log, begun = f"http://127.0.0.1:{self.port}", log.open("w"), time.monotonic()
+        self.process = subprocess.Popen([*command, "--port", str(self.port)], stdout=self.log, stderr=self.log)
+        while not self._answers():
+            if self.process.poll() is not None:
+                raise SystemExit(f"the server ended; see {log}")
+            time.sleep(0.2)
         self.seconds = time.monotonic() - begun
         self.memory: list[float] = []
         threading.Thread(target=self._watch, daemon=True).start()
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(self.url + "/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
 
     def _watch(self) -> None:
         own = psutil.Process(self.process.pid)
@@ -140,6 +146,22 @@ class Server:
         code = self.process.wait(60)
         self.log.close()
         return code
+
+
+def serve(out: Path, slots: int, clients: int) -> Server:
+    """`meetjax serve` with the adapters of `make_adapters`."""
+    adapters = [f"--adapter={name}={out / 'adapters' / name}" for name in SPECS]
+    command = [sys.executable, "-m", "meetjax.cli", "serve", "--slots", str(slots), "--queue", str(clients), "--capacity", "512"]
+    return Server([*command, "--no-page", *adapters], out / "server.log")
+
+
+def serve_llama(program: Path, out: Path, slots: int) -> Server | None:
+    """llama.cpp's server with as many slots; None where the model was not read from a GGUF file."""
+    source = find_source(MODEL)
+    if not source.is_gguf:
+        return None
+    command = [str(program), "-m", str(source.path), "--parallel", str(slots), "--ctx-size", str(slots * 512), "--host", "127.0.0.1"]
+    return Server(command, out / "llama.log")
 
 
 async def ask(client: httpx.AsyncClient, kind: int, body: dict[str, Any]) -> Reply:
@@ -226,6 +248,19 @@ def theirs(out: Path, kinds: list[Kind], batch: int, tokens: int) -> dict[str, A
     return json.loads(done.stdout) if done.returncode == 0 else None
 
 
+def summarise(replies: list[Reply], wall: float) -> tuple[float, dict[str, float]]:
+    """(tokens a second, quantiles by name in seconds)."""
+    done = [reply for reply in replies if reply.done]
+    series = {"first token, s": [reply.first for reply in done], "whole answer, s": [reply.seconds for reply in done]}
+    quantiles = {f"{n}, {q}": float(np.nanpercentile(x, p)) for n, x in series.items() for q, p in (("median", 50), ("p99", 99))}
+    return sum(reply.tokens for reply in replies) / wall, quantiles
+
+
+def line(side: str, rate: float, values: Iterable[float]) -> str:
+    """A row of the table."""
+    return f"| {side} | {rate:.1f} | " + " | ".join("-" if np.isnan(value) else f"{value:.2f}" for value in values) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5.0)
@@ -233,13 +268,14 @@ def main() -> None:
     parser.add_argument("--kinds", type=int, default=48)
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--llama-server", type=Path, help="llama.cpp's server")
     parser.add_argument("--out", type=Path, default=Path("runs/load"))
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     model = meetjax.load(MODEL)
     banks, kinds = make_adapters(model, asked.out), draw_kinds(asked.kinds)
     bodies = [kind.body(asked.tokens) for kind in kinds]
-    server = Server(asked.out, asked.slots, asked.clients)
+    server = serve(asked.out, asked.slots, asked.clients)
     CONSOLE.print(f"ready after {server.seconds:.0f} s; {asked.kinds} requests alone")
     alone = asyncio.run(one_by_one(server.url, bodies))
     compiles, mark, begun = server.count("compiles_total"), len(server.memory), time.monotonic()
@@ -268,32 +304,32 @@ def main() -> None:
     add("programs compiled after warm-up", "0", compiled, compiled == 0)
     add("growth of memory, last third over first", "<= 0.02", growth, growth <= 0.02)
     add("exit status after SIGTERM under no load", "0 or SIGTERM", code, code in (0, -signal.SIGTERM, 128 + signal.SIGTERM))
-    ours = sum(reply.tokens for reply in replies) / wall
-    first, whole = ([getattr(reply, field) for reply in replies if reply.done] for field in ("first", "seconds"))
-    quantiles = {
-        f"{name}, {q}": np.nanpercentile(values, p)
-        for name, values in (("first token, s", first), ("whole answer, s", whole))
-        for q, p in (("median", 50), ("p99", 99))
-    }
+    ours, quantiles = summarise(replies, wall)
     lines = ["| side | tokens/s | " + " | ".join(quantiles) + " |", "|" + " --- |" * (2 + len(quantiles))]
-    lines.append(
-        f"| meetjax serve, {asked.clients} clients, {asked.slots} slots, 8 adapters mixed | {ours:.1f} | "
-        + " | ".join(f"{q:.2f}" for q in quantiles.values())
-        + " |"
-    )
+    lines.append(line(f"meetjax serve, {asked.clients} clients, {asked.slots} slots, 8 adapters mixed, float32", ours, quantiles.values()))
     add("tokens a second", "in the table", ours, None)
     for name, value in quantiles.items():
         add(name, "in the table", value, None)
+    llama = serve_llama(asked.llama_server, asked.out, asked.slots) if asked.llama_server else None
+    side = f"llama.cpp's server, {asked.clients} clients, {asked.slots} slots, no adapter, 4-bit weights"
+    if llama is None:
+        lines.append(f"| {side} | not run: no llama-server or no GGUF file |" + " - |" * len(quantiles))
+    else:
+        begun = time.monotonic()
+        theirs_too = asyncio.run(storm(llama.url, [kind.plain(asked.tokens) for kind in kinds], asked.clients, 60))
+        rate, found = summarise(theirs_too, time.monotonic() - begun)
+        llama.stop()
+        lines.append(line(side, rate, found.values()))
+        add(f"tokens a second over {side}", "in the table", ours / rate, None)
     save_model(model, asked.out / "model")
     for batch in (1, asked.slots):
         found = theirs(asked.out, kinds, batch, asked.tokens)
         side = f"transformers generate, no adapter, batches of {batch}"
         if found is None:
-            lines.append(f"| {side} | not run: no torch | - | - | - | - |")
+            lines.append(f"| {side} | not run: no torch |" + " - |" * len(quantiles))
             continue
         seconds = found["seconds"]
-        shown = (f"{seconds[len(seconds) // 2]:.2f}", f"{seconds[-1]:.2f}")
-        lines.append(f"| {side} | {found['rate']:.1f} | - | - | {shown[0]} | {shown[1]} |")
+        lines.append(line(side, found["rate"], (np.nan, np.nan, seconds[len(seconds) // 2], seconds[-1])))
         add(f"tokens a second over {side}", "in the table", ours / found["rate"], None)
     (asked.out / "table.md").write_text("\n".join(lines) + "\n")
     (asked.out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
