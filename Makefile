@@ -27,7 +27,7 @@ bench: setup-parity
 	$(BIN)/python experiments/bench/bench.py --data $(DATA)
 
 load: setup-parity
-	$(BIN)/python experiments/bench/load.py
+	$(BIN)/python experiments/bench/load.py $(if $(LLAMA),--llama-server $(LLAMA))
 
 fuzz: setup
 	FUZZ=400 $(BIN)/python -m pytest tests/serve/test_fuzz.py -s
