@@ -19,7 +19,7 @@ from meetjax.models.config import to_hf
 from meetjax.models.published import PUBLISHED, find_config
 from meetjax.plan.chips import CHIPS, open_topology
 from meetjax.plan.collectives import count_traffic
-from meetjax.plan.compiler import ask
+from meetjax.plan.compiler import ask, shortage
 from meetjax.plan.question import RECIPES, Answer, Question
 from meetjax.plan.settings import first_setting, neighbours, suggest
 from meetjax.plan.table import as_json, as_table
@@ -115,6 +115,14 @@ def test_the_suggestion_is_the_quickest_neighbour_that_fits(pod, monkeypatch):
         found = suggest(seven, begun, told.append)
         assert (found and found[0]) == ("mesh 1 x 32 x 8" if spare == 1.0 else None)
     assert "remat dots" in told and "mesh 1 x 32 x 8" in told
+
+
+def test_what_does_not_fit_is_read_from_the_compilers_words():
+    told = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 25.20G of 15.75G hbm. Exceeded"
+    assert shortage(told) == (25.2 * 2**30, 15.75 * 2**30, False)
+    other = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (32.74G) exceeds available HBM (512M)."
+    assert shortage(other) == (32.74 * 2**30, 512 * 2**20, True)
+    assert shortage(told.replace("RESOURCE_EXHAUSTED", "INTERNAL")) is None
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5litepod-16", "v9:2x2", "v5e:2"])

@@ -22,8 +22,8 @@ REMATS = ("none", "dots", "full")
 """What the forward pass keeps for the backward one: all, what products gave, the residual stream."""
 ATTENTIONS = ("xla", "splash", "cudnn")
 """Who computes attention over whole sequences; see `attention.choose_attention`."""
-RESIDUALS = ("sequence", "batch", "free")
-"""How the residual stream lies on a mesh: rows over the batch axes and tokens over `model`, rows alone, or as the compiler likes."""
+RESIDUALS = ("sequence", "batch")
+"""How the residual stream lies on a mesh: rows over the batch axes and tokens over `model`, or rows alone."""
 
 
 @dataclasses.dataclass(frozen=True)

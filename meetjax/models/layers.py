@@ -37,11 +37,9 @@ class Gates(NamedTuple):
 def pin(config: ModelConfig, h: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Keeps the residual stream split as `config.residual` says: rows over the batch axes and, unless `batch`, tokens over `model`.
 
-    Left alone (`free`), the partitioner splits the width to match sharded weights and replicates the batch: 7B steps stop fitting. With
+    Left alone, the partitioner splits the width to match sharded weights and replicates the batch: 7B steps stop fitting. With
     tokens split too, what a step keeps of each layer is split over all devices; fewer tokens than devices stay whole.
     """
-    if config.residual == "free":
-        return h
     ways = jax.sharding.get_abstract_mesh().shape.get("model", 1)
     return split_rows(h, "model" if config.residual == "sequence" and h.shape[1] >= ways else None)
 
@@ -58,13 +56,12 @@ def split_rows(h: Float[Array, "B ..."], *others: str | None) -> Float[Array, "B
 
 def embed(config: ModelConfig, table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of the table. On a mesh that divides, every device looks its rows up in its part of the width; a table split over the vocabulary
-    would be gathered whole. `config.residual` free leaves that to the compiler, too.
+    would be gathered whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
     ways = math.prod(mesh.shape[axis] for axis in axes)
-    left = config.residual == "free" or "model" not in mesh.axis_names
-    if left or table.shape[1] % mesh.shape["model"] or tokens.shape[0] % ways:
+    if "model" not in mesh.axis_names or table.shape[1] % mesh.shape["model"] or tokens.shape[0] % ways:
         return table[tokens]
     specs = PartitionSpec(None, "model"), PartitionSpec(axes)
     look_up = jax.shard_map(lambda part, own: part[own], in_specs=specs, out_specs=PartitionSpec(axes, None, "model"), check_vma=False)

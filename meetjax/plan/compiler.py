@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -35,23 +37,23 @@ def ask(question: Question, setting: Setting) -> Answer:
         raise MeetjaxError("plan: mesh", expected=expected, found=setting.mesh, fix="use all of them or a smaller topology")
     if setting.base not in BASES:
         raise MeetjaxError("plan: base", expected=" or ".join(BASES), found=setting.base)
-    how = {"remat": setting.remat, "attention": setting.attention, "residual": setting.residual, "dtype": "bfloat16"}
-    config = dataclasses.replace(question.config, **how)
+    how = {"remat": setting.remat, "attention": setting.attention, "dtype": "bfloat16"}
+    config = dataclasses.replace(question.config, **how, **({} if setting.residual == "free" else {"residual": setting.residual}))
     begun = time.monotonic()
-    with jax.set_mesh(mesh):
+    # Without a mesh to name, nothing in the model holds an activation; arguments have their places all the same.
+    with nothing_kept(), contextlib.nullcontext() if setting.residual == "free" else jax.set_mesh(mesh):
         make = training if question.what == "train" else decoding
         step, arguments, groups = make(question, setting, config, mesh)
         try:
             made = step.lower(*arguments).compile()
         except jax.errors.JaxRuntimeError as error:
-            needed = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM])", str(error))
-            if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
+            found = shortage(str(error))
+            if found is None:
                 raise
-            used, limit = (float(needed[i]) * {"G": 2**30, "M": 2**20}[needed[i + 1]] for i in (1, 3))
-            return Answer(
-                setting, False, used - limit, sum(groups.values()), int(used) - sum(groups.values()), 0, groups, 0.0, {}, {}, "memory", 0,
-                time.monotonic() - begun,
-            )  # fmt: skip
+            held, (used, limit, alone) = sum(groups.values()), found
+            temporaries = int(used if alone else used - held)
+            over = temporaries + held - limit
+            return Answer(setting, False, over, held, temporaries, 0, groups, 0.0, {}, {}, "memory", 0, time.monotonic() - begun)
     memory = made.memory_analysis()
     rows = question.rows // setting.microbatches // math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     traffic = count_traffic(made.as_text(), unknown=max(1, rows * question.length // 2 // CHUNK))
@@ -65,6 +67,28 @@ def ask(question: Question, setting: Setting) -> Answer:
         setting, True, 0.0, memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes, groups, flops,
         traffic.bytes, seconds, max(seconds, key=lambda name: seconds[name]), traffic.largest, time.monotonic() - begun,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """JAX would keep a program of a TPU that is not there in its compile cache, and then fail to read it."""
+    least = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, least)
+    jax.config.update(least, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(least, before)
+
+
+def shortage(message: str) -> tuple[float, float, bool] | None:
+    """(bytes used, bytes there are, whether used are temporaries alone) of the compiler's error; None of another error."""
+    for alone, words in ((False, r"Used {0} of {0}"), (True, r"HLO temporaries \({0}\) exceeds available HBM \({0}\)")):
+        numbers = re.search(words.format(r"([\d.]+)([GM])"), message)
+        if "RESOURCE_EXHAUSTED" in message and numbers is not None:
+            used, limit = (float(numbers[i]) * {"G": 2**30, "M": 2**20}[numbers[i + 1]] for i in (1, 3))
+            return used, limit, alone
+    return None
 
 
 def _flops(question: Question, config: ModelConfig) -> float:
