@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ RUNS = (
     "identity_dpo_hh", "edit_dpo_hh", "red_plus", "rahf_scit", "rahf_dual", "lora_dpo_hh", "prompt_dpo_hh", "full_dpo",
 )  # fmt: skip
 """What is to be measured on each of `SETS`: the table says so where it is not."""
+TOLD = ("data.", "train.", "remat=")
+"""Changes that a row shows in columns of their own, or that change no number in it; others stand beside its name."""
 
 
 def keep(folder: Path) -> Path:
@@ -64,7 +67,9 @@ def _row(number: int, summary: dict[str, Any]) -> str:
     train, data = summary["recipe"]["train"], summary["recipe"]["data"]
     cells = [
         str(number),
-        f"`{summary['name']}`",
+        " ".join(
+            [f"`{summary['name']}`", *(re.sub(r"^.*\.(?=\w+=)", "", change) for change in changes(summary) if not change.startswith(TOLD))]
+        ),
         data["path"],
         str(train["seed"]),
         f"{len(summary['recipe']['stages']) * train['steps']} x {train['batch_size']}",
@@ -80,16 +85,20 @@ def _row(number: int, summary: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def command(summary: dict[str, Any]) -> str:
-    """The command line that runs a summary's recipe again."""
+def changes(summary: dict[str, Any]) -> list[str]:
+    """FIELD=VALUE of what a summary's recipe changes of the experiment's file."""
     file = HERE / f"{summary['name']}.py"
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     own, now = flat(summary["recipe"]), flat(resolved(module.get_config()))
-    changed = [f" --set {path}={value}" for path, value in own.items() if path not in ("name", "out") and now.get(path) != value]
-    return f"meetjax align experiments/{file.name}{''.join(changed)}"
+    return [f"{path}={value}" for path, value in own.items() if path not in ("name", "out") and now.get(path) != value]
+
+
+def command(summary: dict[str, Any]) -> str:
+    """The command line that runs a summary's recipe again."""
+    return " ".join([f"meetjax align experiments/{summary['name']}.py", *(f"--set {change}" for change in changes(summary))])
 
 
 def flat(node: Any, path: str = "") -> dict[str, Any]:
