@@ -26,6 +26,9 @@ from meetjax.models.config import ModelConfig
 from meetjax.models.products import dot
 from meetjax.types import BATCH_AXES, Array
 
+FEW = 64
+"""Tokens up to which putting the low-rank factors side by side would cost more than the product: a decoding step, say."""
+
 
 class Gates(NamedTuple):
     """Per-row gates of the two kinds that act inside a block; a leading axis of 1 means all rows alike."""
@@ -117,13 +120,23 @@ def lora_deltas(
     Sites that read the same x share one product with all their a. gates already carry alpha / rank. Interpolating a and b instead
     would add cross terms, so no function offers it.
     """
-    flat = [jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1) for a, _ in factors]
-    middles = jnp.split(dot(x, jnp.concatenate(flat, axis=1)), np.cumsum([a.shape[1] for a in flat])[:-1].tolist(), axis=-1)
+    if x.shape[0] * x.shape[1] <= FEW:
+        middles = [_each(x, a) for a, _ in factors]
+    else:
+        flat = [jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1) for a, _ in factors]
+        middles = jnp.split(dot(x, jnp.concatenate(flat, axis=1)), np.cumsum([a.shape[1] for a in flat])[:-1].tolist(), axis=-1)
     deltas = []
     for middle, (a, b) in zip(middles, factors, strict=True):
         gated = middle * jnp.repeat(gates, a.shape[2], axis=1)[:, None].astype(x.dtype)
         deltas.append(dot(gated, b.reshape(-1, b.shape[2])))
     return deltas
+
+
+def _each(x: Float[Array, "B T I"], a: Float[Array, "E I R"]) -> Float[Array, "B T E*R"]:
+    """x with every a, each as it lies in memory."""
+    rows = jnp.broadcast_to(x.reshape(1, -1, x.shape[2]), (a.shape[0], x.shape[0] * x.shape[1], x.shape[2]))
+    middle = jax.lax.dot_general(rows, a.astype(x.dtype), (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    return jnp.moveaxis(middle, 0, 1).reshape(*x.shape[:2], -1).astype(x.dtype)
 
 
 def edit_output(

@@ -12,6 +12,7 @@ import pytest
 from meetjax.models.attention import _blocks, attention
 from meetjax.models.bits import held, keep, to_bits
 from meetjax.models.decoder import apply
+from meetjax.models.layers import FEW, lora_deltas
 from meetjax.models.layout import MASKED
 from meetjax.models.products import dot
 from tests.conftest import TINY, assert_close, assert_trees_close, random_bank, random_params
@@ -34,6 +35,28 @@ def test_gradients_of_a_product(shape):
     found, expected = (jax.vjp(function, x, w) for function in (dot, plain))
     assert_close(found[0], expected[0])
     assert_trees_close(found[1](g), expected[1](g))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_few_tokens_get_the_deltas_that_many_get(dtype):
+    """Values and gradients of two sites that share x, on either side of the number of tokens where the products change their form."""
+    few, many, width = FEW // 2, FEW + 2, 24
+    key = jax.random.split(jax.random.key(3), 6)
+    x = jax.random.normal(key[0], (2, many, width)).astype(dtype)
+    factors = [(jax.random.normal(key[1 + n], (3, width, 4)), jax.random.normal(key[3 + n], (3, 4, 8 + n))) for n in range(2)]
+    gates = jax.random.uniform(key[5], (2, 3))
+
+    def total(factors, length):
+        deltas = lora_deltas(x[:, :length], factors, gates)
+        return sum(jnp.sum(jnp.sin(delta[:, :few].astype(jnp.float32))) for delta in deltas), deltas
+
+    (_, short), grads = jax.value_and_grad(total, has_aux=True)(factors, few)
+    (_, long), expected = jax.value_and_grad(total, has_aux=True)(factors, many)
+    factor = 1 if dtype == "float32" else 1000
+    for ours, theirs in zip(short, long, strict=True):
+        assert ours.dtype == jnp.dtype(dtype)
+        assert_close(ours.astype(jnp.float32), theirs[:, :few].astype(jnp.float32), factor=factor)
+    assert_trees_close(grads, expected, factor=factor)
 
 
 def test_a_frozen_weight_costs_no_product():
