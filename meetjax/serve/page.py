@@ -97,17 +97,18 @@ def make_page(engine: Any, model: Model) -> gr.Blocks:
             python = gr.Code(language="python", label="Python", interactive=False, elem_id="python")
 
         quiet: Any = {"show_progress": "hidden"}
+        again: Any = quiet | {"trigger_mode": "always_last"}  # asked for while it runs, it runs once more; else the wish would be lost
         said = gr.on((box.submit, send.click), desk.say, [box, turns], [box, turns, chat], **quiet)
-        said.success(desk.code, [turns, *settings], [curl, python], **quiet)
+        said.success(desk.code, [turns, *settings], [curl, python], **again)
         answered = said.success(desk.chat, [turns, *settings], [turns, chat], **quiet)
         running: list[Any] = [answered]
         for when in (answered.success, compare.click):
-            running.append(when(desk.compare, [turns, which, *at, *settings], sides, **quiet))
-            running.append(when(desk.draw, [turns, which, *settings], curve, **quiet))
+            running.append(when(desk.compare, [turns, which, *at, *settings], sides, **again))
+            running.append(when(desk.draw, [turns, which, *settings], curve, **again))
         stop.click(None, cancels=running)
         chat.clear(lambda: ([], []), None, [turns, chat], cancels=running)
         for part in settings:
-            part.change(desk.code, [turns, *settings], [curl, python], **quiet)
+            part.change(desk.code, [turns, *settings], [curl, python], **again)
         page.load(desk.code, [turns, *settings], [curl, python], **quiet)
     return page.queue(default_concurrency_limit=16, max_size=64)
 
