@@ -9,13 +9,14 @@ A row's command is what its recipe changes of the experiment's file as it stands
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from meetjax.experiment import read_recipe
 from meetjax.train.stage import resolved
 
 HERE = Path(__file__).parent
@@ -87,13 +88,13 @@ def _row(number: int, summary: dict[str, Any]) -> str:
 
 def changes(summary: dict[str, Any]) -> list[str]:
     """FIELD=VALUE of what a summary's recipe changes of the experiment's file."""
-    file = HERE / f"{summary['name']}.py"
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    own, now = flat(summary["recipe"]), flat(resolved(module.get_config()))
+    own, now = flat(summary["recipe"]), _defaults(HERE / f"{summary['name']}.py")
     return [f"{path}={value}" for path, value in own.items() if path not in ("name", "out") and now.get(path) != value]
+
+
+@functools.cache
+def _defaults(file: Path) -> dict[str, Any]:
+    return flat(resolved(read_recipe(file)))
 
 
 def command(summary: dict[str, Any]) -> str:

@@ -146,7 +146,7 @@ def plan(
         mesh: data, fsdp and model (chosen by rule).
         remat: what the forward pass keeps (full).
         attention: who computes attention; auto says why.
-        base: dtype of the frozen weights.
+        base: how the frozen weights are held: float32, bfloat16, int8 or int4.
         microbatches: parts of the batch, one after another (0: chosen by rule).
         shared_prompt: the answers to a prompt lie behind one copy of it, in one row.
         dial: rows decode with the logit dial, adapted and base beside each other.

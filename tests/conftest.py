@@ -38,7 +38,6 @@ from transformers import PreTrainedTokenizerFast
 
 import meetjax.train.fit as fit_module
 from meetjax.adapters.tree import KINDS, Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt, Reward, entry_axis
-from meetjax.generate import decode
 from meetjax.models import sites
 from meetjax.models.config import ModelConfig, RopeScaling, from_hf
 from meetjax.models.decoder import apply, init_params
@@ -390,35 +389,16 @@ def command(tmp_path_factory):
     server.stdout.close()
 
 
-@functools.cache
-def quick_step(config, stage, tx, microbatches):
-    """`make_step`'s program compiled quickly, one for all runs of a stage."""
-    return jax.jit(make_step(config, stage, tx, microbatches).__wrapped__, donate_argnums=0)
+shared_step = functools.cache(make_step)
+"""`make_step`, one program for all runs of a stage."""
 
 
 @pytest.fixture(scope="module")
-def quick_training():
-    """`fit` in this process trains by `quick_step`. The command line runs it as users do."""
+def shared_training():
+    """`fit` in this process trains by `shared_step`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit_module, "make_optimizer", functools.cache(make_optimizer))
-        patch.setattr(fit_module, "make_step", quick_step)
-        yield
-
-
-@functools.cache
-def quick_programs():
-    """`first_token` and `next_token` compiled quickly, one pair for all modules."""
-    first = jax.jit(decode.first_token.__wrapped__, static_argnums=(0, 5))
-    return first, jax.jit(decode.next_token.__wrapped__, static_argnums=0, donate_argnums=2)
-
-
-@pytest.fixture(scope="module")
-def quick_generation():
-    """Generation in this process runs `quick_programs`. The command line runs it as users do."""
-    first, following = quick_programs()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "first_token", first)
-        patch.setattr(decode, "next_token", following)
+        patch.setattr(fit_module, "make_step", shared_step)
         yield
 
 

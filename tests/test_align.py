@@ -38,7 +38,7 @@ SUMS = 1e-4
 
 
 @pytest.fixture(autouse=True, scope="module")
-def surroundings(quick_training, tmp_path_factory):
+def surroundings(shared_training, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEETJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

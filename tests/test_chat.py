@@ -32,7 +32,7 @@ def folders(model, tmp_path_factory):
 
 
 @pytest.fixture
-def chat(model, folders, quick_generation):
+def chat(model, folders):
     return Chat(model, folders, sampling=Sampling(), seed=0, max_new_tokens=NEW)
 
 

@@ -50,7 +50,7 @@ quick_logps = jax.jit(answer_logps, static_argnums=0)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def surroundings(quick_training, tmp_path_factory):
+def surroundings(shared_training, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEETJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         for module in (preference_module, reference_module):

@@ -24,7 +24,7 @@ STRENGTHS = (-1.0, 0.0, 0.5, 1.0)
 
 
 @pytest.fixture(scope="module", params=["edit", "prompt"])
-def swept(request, model, quick_generation):
+def swept(request, model):
     """(bank, points): by gates for an edit, by the logit dial for a soft prompt."""
     bank = take(random_bank(model.config, (request.param,)), 0)
     calls = []

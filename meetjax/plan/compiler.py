@@ -37,11 +37,12 @@ def ask(question: Question, setting: Setting) -> Answer:
         raise MeetjaxError("plan: mesh", expected=expected, found=setting.mesh, fix="use all of them or a smaller topology")
     if setting.base not in BASES:
         raise MeetjaxError("plan: base", expected=" or ".join(BASES), found=setting.base)
+    pinned = setting.residual != "free"
     how = {"remat": setting.remat, "attention": setting.attention, "dtype": "bfloat16"}
-    config = dataclasses.replace(question.config, **how, **({} if setting.residual == "free" else {"residual": setting.residual}))
+    config = dataclasses.replace(question.config, **how | ({"residual": setting.residual} if pinned else {}))
     begun = time.monotonic()
     # Without a mesh to name, nothing in the model holds an activation; arguments have their places all the same.
-    with nothing_kept(), contextlib.nullcontext() if setting.residual == "free" else jax.set_mesh(mesh):
+    with nothing_kept(), jax.set_mesh(mesh) if pinned else contextlib.nullcontext():
         make = training if question.what == "train" else decoding
         step, arguments, groups = make(question, setting, config, mesh)
         try:

@@ -28,7 +28,8 @@ BASE_GROUPS = ("embedding and head", "attention", "feed-forward", "norms")
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """What a plan is free to choose. mesh: (data, fsdp, model); base: dtype of frozen weights; residual: as in `ModelConfig`, or "free",
-    where no activation is held to any place, to see what that would cost; the rest as in `ModelConfig`, `Train`."""
+    where no activation is held to any place, to see what that would cost; the rest as in `ModelConfig`, `Train`.
+    """
 
     mesh: tuple[int, int, int]
     remat: str

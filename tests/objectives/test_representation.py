@@ -155,7 +155,7 @@ def test_a_reachable_target_is_reached():
     frozen = dataclasses.replace(frozen, teacher=Bank(lora=random_bank(TINY, ("lora",), entries=(0,)).lora))
     stage = Stage(objective=objective, optim=Optim(learning_rate=2e-2, schedule="cosine", clip=0.0))
     tx = make_optimizer(stage.optim, 60)
-    step = jax.jit(make_step(TINY, stage, tx).__wrapped__)
+    step = make_step(TINY, stage, tx)
     state, losses = init_state(trainable, tx), []
     for _ in range(60):
         state, metrics = step(state, frozen, batch)

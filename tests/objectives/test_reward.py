@@ -23,7 +23,7 @@ from meetjax.train.sharding import make_mesh, put_batch
 from meetjax.train.stage import Optim, Stage
 from meetjax.train.step import init_state, make_gradient, partition
 from meetjax.types import Batch
-from tests.conftest import TINY, assert_close, assert_trees_close, lay_together, quick_step, random_bank, random_params
+from tests.conftest import TINY, assert_close, assert_trees_close, lay_together, random_bank, random_params, shared_step
 
 SMALL = dataclasses.replace(TINY, layers=2)
 KINDS = ("lora", "reward")
@@ -110,7 +110,7 @@ def test_gradient_reaches_the_head_first_and_then_the_trunk():
     trainable, frozen = partition(params, init_bank(SMALL, params, specs, None, jax.random.key(0)), kinds=KINDS, base=False)
     stage = Stage(specs, BradleyTerry(), Optim(1e-2, warmup=0.0))
     tx, batch = make_optimizer(stage.optim, 10), dataclasses.replace(lay_together(make_batch()), gates=None)
-    step, state = quick_step(SMALL, stage, tx, 1), init_state(trainable, tx)
+    step, state = shared_step(SMALL, stage, tx, 1), init_state(trainable, tx)
     for moved in ({"u"}, {"u", "b"}, {"u", "b", "a"}):
         before = {path: np.array(leaf) for path, leaf in flatten(state.trainable).items()}
         state, metrics = step(state, frozen, batch)

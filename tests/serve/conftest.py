@@ -1,16 +1,14 @@
-"""A tiny model with a bank of eight adapters, and an engine that has them all; its programs compile three times faster."""
+"""A tiny model with a bank of eight adapters, and an engine that has them all."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import jax
 import pytest
 
 from meetjax.adapters.tree import Bank
 from meetjax.models import sites
 from meetjax.models.load import Model
-from meetjax.serve import programs
 from meetjax.serve.engine import Engine, Room
 from tests.conftest import CHAT, MOVING, TINY, apart, build_tokenizer, random_bank, random_params, take
 from tests.serve.fake import FakeEngine
@@ -18,11 +16,6 @@ from tests.serve.fake import FakeEngine
 CONFIG = dataclasses.replace(TINY, layers=2, vocab=300, max_position=256, sliding_window=50, window_layers=(1,))
 ROOM = Room(3, 4, 2, 3, 2, sites.LINEAR, 3, sites.EDITABLE, 2, 1)
 SLOTS, CAPACITY = 4, 192
-STATIC = {
-    "empty": (0, 1, 2), "resize": (1,), "run_chunk": (0,), "begin_chunk": (0, 1), "first_token": (), "insert": (), "decode": (0,),
-    "cut": (2,), "paste": (),
-}  # fmt: skip
-DONATED = {"run_chunk": (3,), "insert": (0,), "decode": (3,), "paste": (0,)}
 NAMES = tuple(f"{kind}{n}" for kind in MOVING for n in range(2))
 """The adapters, in the order of the columns of BANK."""
 BANK = apart(random_bank(CONFIG))
@@ -31,17 +24,6 @@ BANK = apart(random_bank(CONFIG))
 def adapter(kind, n):
     """The bank of one of NAMES."""
     return Bank(**{kind: getattr(take(random_bank(CONFIG), n), kind)})
-
-
-@pytest.fixture(autouse=True, scope="package")
-def quick_programs():
-    """The same programs under other compiler options."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, static in STATIC.items():
-            function = getattr(programs, name).__wrapped__
-            options = {"static_argnums": static, "donate_argnums": DONATED.get(name, ())}
-            patch.setattr(programs, name, jax.jit(function, **options))
-        yield
 
 
 @pytest.fixture(scope="package")

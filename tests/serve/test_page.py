@@ -19,7 +19,7 @@ from tests.serve.fake import FakeEngine
 from tests.serve.loopback import serving, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-"""Gradio counts what it has done after a minute, by calls that pandas deprecates; an error there stops its queue."""
+"""After each event Gradio sums up what it has done, by calls that pandas deprecates; they are no errors of ours."""
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARTIFACT = Path("runs/page/page.png")
 
@@ -79,7 +79,7 @@ def test_a_slider_changes_the_answer(page_served, browser):
         before = len(engine.asked)
         page.locator("#message textarea").fill("a short answer?")
         page.locator("button#send").click()
-        until(lambda: len(engine.asked) == before + 1 + 3 + 7 and engine.idle(), 60)
+        until(lambda: len(engine.asked) == before + 1 + 3 + 7 and engine.idle(), 30)
         asked = engine.asked[before]
         expect(page.locator("#chat [data-testid=bot]").last).to_have_text(engine.text(asked).strip(), timeout=20000)
         expect(page.locator("#curve svg")).to_have_count(2, timeout=20000)

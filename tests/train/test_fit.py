@@ -43,7 +43,7 @@ def rows(model, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def shared_programs(quick_training):
+def shared_programs(shared_training):
     yield
 
 

@@ -73,10 +73,10 @@ def gradient_of(objective, microbatches=1):
 
 @functools.cache
 def step_of(kind):
-    """(optimiser, the step of a one-kind DPO stage, compiled quickly)."""
+    """(optimiser, the step of a one-kind DPO stage)."""
     stage = Stage((), Dpo(), Optim(learning_rate=RATES[kind], schedule="constant", warmup=0.0))
     tx = make_optimizer(stage.optim, STEPS)
-    return tx, jax.jit(make_step(SMALL, stage, tx).__wrapped__, donate_argnums=0)
+    return tx, make_step(SMALL, stage, tx)
 
 
 scores = jax.jit(answer_logps, static_argnums=0)
