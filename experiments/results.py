@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: made by results.py -->", "<!-- end of results -->"
 HEADER = (
     "| | run | data | seed | steps x prompts | trained parameters | held-out accuracy (95 %, n) | shorter answer | untrained "
-    "| KL to the base, nats an answer | mean tokens | minutes (of one core) | peak GB |"
+    "| KL to the base, nats an answer | mean tokens | device | minutes (of one core) | peak GB (of the device) |"
 )
 SETS = ("concise", "harmless-base.test.jsonl.gz")
 RUNS = (
@@ -80,8 +80,9 @@ def _row(number: int, summary: dict[str, Any]) -> str:
         _number(summary, "baseline_untrained_logps_accuracy", ".3f"),
         _with_interval(summary, "kl", "kl_interval", ".2f"),
         _with_interval(summary, "mean_tokens", "mean_tokens_interval", ".0f"),
+        summary.get("device", "cpu"),
         f"{summary['wall_s'] / 60:.0f}" + (f" ({summary['cpu_s'] / 60:.0f})" if "cpu_s" in summary else ""),
-        f"{summary['peak_rss_gb']:.1f}",
+        f"{summary['peak_rss_gb']:.1f}" + (f" ({summary['peak_device_gb']:.1f})" if "peak_device_gb" in summary else ""),
     ]
     return "| " + " | ".join(cells) + " |"
 

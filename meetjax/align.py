@@ -29,6 +29,7 @@ from meetjax.models.save import check_writable, save_model
 from meetjax.models.sources import cache_dir, find_source
 from meetjax.train import hosts
 from meetjax.train.fit import fit
+from meetjax.train.memory import peak_device_gb
 from meetjax.train.metrics import peak_rss_gb
 from meetjax.train.reference import Reference
 from meetjax.train.sharding import base_shardings, check_batch, make_mesh
@@ -133,7 +134,9 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     if recipe.evaluation.prompts:
         summary |= _moved(recipe, model, loaded, bank, judged, console)
     summary |= {"wall_s": round(time.monotonic() - begun, 1), "cpu_s": round(time.process_time(), 1)}
-    summary["peak_rss_gb"] = round(peak_rss_gb(), 3)
+    summary |= {"device": jax.devices()[0].device_kind, "peak_rss_gb": round(peak_rss_gb(), 3)}
+    if (peak := peak_device_gb()) is not None:
+        summary["peak_device_gb"] = round(peak, 3)
     with hosts.together("summary"):
         if hosts.writes():
             console.print(f"wrote {write_summary(summary, out)}")

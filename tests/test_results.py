@@ -39,7 +39,8 @@ def test_a_run_is_kept_and_shown(results, tmp_path, monkeypatch):
     data.write_text("{}")
     summary = {
         "name": "edit_dpo_hh", "trained_parameters": 34560, "held_out_accuracy": 0.6282828, "held_out_interval": [0.5849, 0.6697],
-        "held_out_n": 495, "baseline_shorter_accuracy": 0.5394, "wall_s": 1680.0, "cpu_s": 900.0, "peak_rss_gb": 6.438,
+        "held_out_n": 495, "baseline_shorter_accuracy": 0.5394, "wall_s": 1680.0, "cpu_s": 900.0, "peak_rss_gb": 6.438, "device": "A1",
+        "peak_device_gb": 2.512,
         "recipe": {"data": {"path": str(data)}, "train": {"seed": 3, "steps": 200, "batch_size": 4}, "stages": [{}, {}], "out": "there"},
     }  # fmt: skip
     (tmp_path / "edit_dpo_hh.py").write_text((FILE.parent / "edit_dpo_hh.py").read_text())
@@ -48,7 +49,7 @@ def test_a_run_is_kept_and_shown(results, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "HERE", tmp_path)
     assert results.keep(tmp_path / "run") == tmp_path / "results" / "run.json"
     lines = results.table(tmp_path / "results").splitlines()
-    row = "| 1 | `edit_dpo_hh` | pairs.jsonl | 3 | 400 x 4 | 34,560 | 0.628 (0.585 to 0.670, 495) | 0.539 | - | - | - | 28 (15) | 6.4 |"
+    row = "| 1 | `edit_dpo_hh` | pairs.jsonl | 3 | 400 x 4 | 34,560 | 0.628 (0.585 to 0.670, 495) | 0.539 | - | - | - | A1 | 28 (15) | 6.4 (2.5) |"
     assert row in lines and "1. `meetjax align experiments/edit_dpo_hh.py --set data.path=pairs.jsonl --set train.seed=3`" in lines
     assert sum("not run yet" in line for line in lines) == len(results.RUNS) * len(results.SETS)
     assert {line.count("|") for line in lines if line.startswith("|")} == {results.HEADER.count("|")}

@@ -2,7 +2,8 @@
 
     python experiments/bench/bench.py --data HH.jsonl.gz [--rounds 5] [--only dpo-f32,sft,...] [--out runs/bench]
 
-SmolLM2-135M-Instruct, LoRA r16 on all linear sites, HH harmless, 8 pairs a batch, at most 512 tokens. Each side composes the
+SmolLM2-135M-Instruct, LoRA r16 on all linear sites, HH harmless, 8 pairs a batch, at most 512 tokens; with `--shape` random weights of a
+published shape, in bfloat16, for accelerators. Each side composes the
 batches of an epoch in its own way (trl: shuffled, and again grouped by length; the faster counts), and each round trains on two
 batches that are as far below the middle of the epoch's costs as above it. Steps are timed after a warm-up; scoring by the
 reference is part of the time on both sides. Writes summary.json, a list of {"name", "goal", "measured", "ok"}, and log files.
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from worker import Worker
+from worker import Broken, Worker
 
 HERE = Path(__file__).parent
 CONSOLE = Console()
@@ -35,13 +36,15 @@ PARTS = ("dpo-f32", "dpo-bf16", "sft-f32", "losses", "generate", "decode", "firs
 class Bench:
     """Rows of the table, and the two sides that a part needs."""
 
-    def __init__(self, data: str, out: Path, rounds: int):
-        self.data, self.out, self.rounds = data, out, rounds
+    def __init__(self, asked: argparse.Namespace):
+        self.data, self.out, self.rounds, self.batch = asked.data, asked.out, asked.rounds, asked.batch
+        self.subject = [asked.shape, asked.tokenizer, str(asked.batch)]
+        self.decoding = "float32" if asked.shape == "-" else "bfloat16"
         self.rows: list[dict[str, Any]] = []
-        out.mkdir(parents=True, exist_ok=True)
+        self.out.mkdir(parents=True, exist_ok=True)
 
     def ours(self, task: str, dtype: str) -> Worker:
-        return Worker(HERE / "ours.py", str(self.out), task, dtype, self.data, log=self.out / "ours.log")
+        return Worker(HERE / "ours.py", str(self.out), task, dtype, self.data, *self.subject, log=self.out / "ours.log")
 
     def theirs(self, task: str, dtype: str, variant: str) -> Worker:
         return Worker(HERE / "theirs.py", str(self.out), task, dtype, variant, log=self.out / "theirs.log")
@@ -57,8 +60,9 @@ class Bench:
         epoch = ours.ask("epoch")
         sampled = spaced(epoch, self.rounds)
         ours.ask("train", batches=[batch for pair in sampled for batch in pair])  # every program compiled and run once
-        shuffled = shuffled_epoch(lengths, 8)
-        grouped = [sorted(range(len(lengths)), key=lengths.__getitem__)[i : i + 8] for i in range(0, len(lengths) - 7, 8)]
+        shuffled = shuffled_epoch(lengths, self.batch)
+        by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+        grouped = [by_length[i : i + self.batch] for i in range(0, len(lengths) - self.batch + 1, self.batch)]
         variants = {"autocast": "-", "pure": "pure"} if dtype == "bfloat16" else {"plain": "-"}
         variants |= {f"{name}, reference ahead": f"{set_},precompute" for name, set_ in variants.items()} if task == "dpo" else {}
         rates: dict[str, float] = {}
@@ -75,12 +79,13 @@ class Bench:
         theirs, batches = sides.pop(name), spaced(shuffled if order == "shuffled" else grouped, self.rounds)
         for side in sides.values():
             side.close()
-        mine, other, shares = [], [], []
+        mine, other, shares, tokens = [], [], [], []
         for own, given in zip(sampled, batches, strict=True):
             rate = ours.ask("matmul")
             found = ours.ask("train", batches=own)
             spent = sum(found["seconds"])
             shares.append(sum(found["flops"]) / spent / rate)
+            tokens.append(sum(found["tokens"]) / spent)
             mine.append(work(own, lengths, task) / (spent + sum(found["reference"])))
             found = theirs.ask("train", batches=given, learning_rate=2e-4)
             other.append(work(given, lengths, task) / (sum(found["seconds"]) + found["reference"]))
@@ -89,11 +94,13 @@ class Bench:
         detail = f"{median(mine):.3g} against {median(other):.3g} {unit} ({best}); rounds {' '.join(f'{r:.2f}' for r in ratios)}"
         self.add(f"{task} {unit}, {dtype}, against trl", f">= {goal}x", median(ratios), median(ratios) >= goal, detail)
         peaks = ours.close(), theirs.close()
-        if task == "dpo" and dtype == "float32":
+        if task == "dpo" and dtype == self.decoding:
             share = peaks[0] / peaks[1]
-            self.add("peak RSS of DPO, float32, against trl", "<= 0.25x", share, share <= 0.25, f"{peaks[0]:.2f} against {peaks[1]:.2f} GB")
-            detail = f"rounds {' '.join(f'{s:.2f}' for s in shares)}"
-            self.add("useful FLOPs a second of DPO over the matmul rate, float32", ">= 0.6", median(shares), median(shares) >= 0.6, detail)
+            self.add(
+                f"peak memory of DPO, {dtype}, against trl", "<= 0.25x", share, share <= 0.25, f"{peaks[0]:.2f} against {peaks[1]:.2f} GB"
+            )
+            detail = f"{rate / 1e12:.3g} TFLOP/s; {median(tokens):.4g} tokens/s; rounds {' '.join(f'{s:.2f}' for s in shares)}"
+            self.add(f"useful FLOPs a second of DPO over the matmul rate, {dtype}", ">= 0.6", median(shares), median(shares) >= 0.6, detail)
 
     def losses(self, steps: int = 30) -> None:
         """Both sides on the same batches in the same order, from the same LoRA."""
@@ -110,7 +117,7 @@ class Bench:
         theirs.close()
 
     def generate(self) -> None:
-        ours, theirs = self.ours("generate", "float32"), self.theirs("generate", "float32", "-")
+        ours, theirs = self.ours("generate", self.decoding), self.theirs("generate", self.decoding, "-")
         asked = {"prompts": list(range(8)), "new_tokens": 128}
         ratios = [theirs.ask("generate", **asked) / ours.ask("generate", **asked) for _ in range(self.rounds)]
         seconds = ours.ask("generate", **asked)
@@ -120,7 +127,7 @@ class Bench:
         theirs.close()
 
     def decode(self) -> None:
-        ours = self.ours("generate", "float32")
+        ours = self.ours("generate", self.decoding)
         asked = {"prompts": list(range(8)), "new_tokens": 128}
         for kind, goal in (("prompt", 1.05), ("edit", 1.05), ("lora", 1.15)):
             ratios = [ours.ask("generate", **asked, kind=kind) / ours.ask("generate", **asked) for _ in range(2 * self.rounds)]
@@ -157,7 +164,7 @@ def first_step(recipe: Path, data: str, folder: Path) -> float:
     metrics = out / "stage-0" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n")):
         if process.poll() is not None:
-            raise SystemExit("meetjax align ended before its first step")
+            raise Broken("meetjax align ended before its first step")
         time.sleep(0.05)
     seconds = time.perf_counter() - begun
     process.terminate()
@@ -189,10 +196,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run, of " + ", ".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--shape", default="-", help="a published shape, such as llama-3.2-1b, with random weights; - for SmolLM2")
+    parser.add_argument("--tokenizer", default="-", help="folder of the tokenizer for --shape; - for SmolLM2's")
+    parser.add_argument("--batch", type=int, default=8, help="pairs")
     asked = parser.parse_args()
-    bench = Bench(asked.data, asked.out, asked.rounds)
-    prepared = bench.ours("dpo", "float32")
+    bench = Bench(asked)
+    prepared = bench.ours("dpo", bench.decoding)
     prepared.ask("prepare")
+    device = prepared.ask("device")
     prepared.close()
     rows = json.loads((asked.out / "rows.json").read_text())
     lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row.get("rejected_ids", ()))) for row in rows]
@@ -201,19 +212,27 @@ def main() -> None:
         "dpo-f32": lambda: bench.training("dpo", "float32", 6.0),
         "dpo-bf16": lambda: bench.training("dpo", "bfloat16", 5.0),
         "sft-f32": lambda: bench.training("sft", "float32", 2.5),
+        "sft-bf16": lambda: bench.training("sft", "bfloat16", 2.5),
         "losses": bench.losses,
         "generate": bench.generate,
         "decode": bench.decode,
         "first-step": bench.first_step,
         "recompiles": bench.recompiles,
     }
+    broken = []
     for part in asked.only.split(","):
         CONSOLE.rule(part)
-        runs[part]()
-    table = Table("what", "goal", "measured", "", title=machine())
+        try:
+            runs[part]()
+        except Broken as error:
+            broken.append(f"{part}: {error}")
+            CONSOLE.print(broken[-1])
+    table = Table("what", "goal", "measured", "", title=f"{machine()}; {device}")
     for row in bench.rows:
         table.add_row(row["name"], row["goal"], f"{row['measured']:.4g}", "met" if row["ok"] else "missed")
     CONSOLE.print(table)
+    if broken:
+        raise SystemExit("not measured: " + "; ".join(broken))
 
 
 def machine() -> str:

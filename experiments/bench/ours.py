@@ -1,14 +1,17 @@
-"""meetjax, told to train on given batches: `python ours.py FOLDER TASK DTYPE DATA`. TASK is dpo, sft or generate.
+"""meetjax, told to train on given batches: `python ours.py FOLDER TASK DTYPE DATA SHAPE TOKENIZER BATCH`. TASK is dpo, sft or generate.
 
-`prepare` writes to FOLDER what both sides start from: the model as a Hugging Face folder, the rows as token ids and a LoRA.
+SHAPE: `-` for SmolLM2-135M-Instruct, else a published shape (random weights) with the tokenizer of a folder (`-`: SmolLM2's). `prepare`
+writes to FOLDER what both sides start from: the model as a Hugging Face folder, the rows as token ids and a LoRA.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from safetensors.numpy import save_file
+from transformers import AutoTokenizer
 from worker import serve
 
 from meetjax.adapters.bank import init_bank
@@ -32,24 +36,39 @@ from meetjax.generate.requests import BUCKET
 from meetjax.generate.sampling import RowSampling
 from meetjax.models import sites
 from meetjax.models.decoder import init_params, unstack
-from meetjax.models.load import load
+from meetjax.models.fingerprint import fingerprint
+from meetjax.models.load import Model, load
+from meetjax.models.published import find_config
 from meetjax.models.save import save_model
 from meetjax.objectives.logps import compiled_answer_logps
 from meetjax.objectives.preference import Dpo
 from meetjax.objectives.sft import Sft
 from meetjax.train.flops import step_flops
-from meetjax.train.memory import compile_step
+from meetjax.train.memory import compile_step, peak_device_gb
 from meetjax.train.optim import make_optimizer
 from meetjax.train.stage import Data, Optim, Stage
 from meetjax.train.step import init_state, make_step, partition
 from meetjax.train.view import read_rows
 from meetjax.types import Batch
 
-FOLDER, TASK, DTYPE, DATA = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+FOLDER = Path(sys.argv[1])
+TASK, DTYPE, DATA, SHAPE, TOKENIZER = sys.argv[2:7]
 LORA = LoraSpec(rank=16, alpha=32.0, sites=sites.LINEAR)
-BATCH, LENGTH = 8, 512
-MODEL = load("smollm2-135m-instruct", dtype=DTYPE)
-CONFIG = dataclasses.replace(MODEL.config, dtype=DTYPE, remat="dots")
+BATCH, LENGTH = int(sys.argv[7]), 512
+CPU = jax.default_backend() == "cpu"
+
+
+def subject() -> Model:
+    if SHAPE == "-":
+        return load("smollm2-135m-instruct", dtype=DTYPE)
+    tokenizer = load("smollm2-135m-instruct").tokenizer if TOKENIZER == "-" else AutoTokenizer.from_pretrained(TOKENIZER)
+    config = find_config(SHAPE)
+    params = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf.astype(DTYPE), init_params(config, key)))(jax.random.key(0))
+    return Model(SHAPE, config, params, tokenizer, fingerprint(config, params))
+
+
+MODEL = subject()
+CONFIG = dataclasses.replace(MODEL.config, dtype=DTYPE, remat="dots" if CPU else "none")
 STAGE = Stage((LORA,), Sft() if TASK == "sft" else Dpo(beta=0.1), Optim(learning_rate=2e-4, schedule="constant", warmup=0.0))
 SPLIT = read_rows(Data(path=DATA, held_out=500, max_length=LENGTH), STAGE, MODEL.tokenizer, Console(stderr=True))
 ROWS, BUCKETS = SPLIT.train, SPLIT.buckets
@@ -89,11 +108,15 @@ def train(batches: list[list[int]]) -> dict[str, Any]:
     state = init_state(jax.tree.map(jnp.copy, TRAINABLE), TX)
     out: dict[str, Any] = {"seconds": [], "losses": [], "reference": [], "tokens": [], "flops": [], "compile": 0.0}
     made = [_batch(rows) for rows in batches]
-    for batch in {batch.tokens.shape: batch for batch in made}.values():
+
+    def warm(batch: Batch) -> float:
         blank = dataclasses.replace(batch, ref_logps=jnp.zeros(batch.starts.shape)) if TASK == "dpo" else batch
-        out["compile"] += compile_step(STEP, state, FROZEN, blank).seconds
         if TASK == "dpo":
             compiled_answer_logps(CONFIG, MODEL.params, None, batch).block_until_ready()
+        return compile_step(STEP, state, FROZEN, blank).seconds
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        out["compile"] = sum(pool.map(warm, {batch.tokens.shape: batch for batch in made}.values()))
     for batch, rows in zip(made, batches, strict=True):
         begun = time.perf_counter()
         if TASK == "dpo":
@@ -116,9 +139,10 @@ def useful_flops(n: int) -> float:
     return step_flops(CONFIG, common + sum(map(len, own)), seen, int((ends - starts).sum()))
 
 
-def matmul(side: int = 2048, repeats: int = 10) -> float:
-    """Median FLOPs a second of a float32 product of two square matrices."""
-    x = jnp.ones((side, side))
+def matmul(repeats: int = 10) -> float:
+    """Median FLOPs a second of a product of two square matrices of random numbers of DTYPE."""
+    side = 2048 if CPU else 8192
+    x = jax.random.normal(jax.random.key(0), (side, side), DTYPE)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
     seconds = []
@@ -182,4 +206,15 @@ PARTED = unstack(MODEL.params) if TASK == "generate" else {}
 WARM: set[Any] = set()
 
 if __name__ == "__main__":
-    serve({"prepare": prepare, "epoch": epoch, "train": train, "matmul": matmul, "generate": generate, "recompiles": recompiles})
+    serve(
+        {
+            "prepare": prepare,
+            "device": lambda: jax.devices()[0].device_kind,
+            "epoch": epoch,
+            "train": train,
+            "matmul": matmul,
+            "generate": generate,
+            "recompiles": recompiles,
+        },
+        peak_device_gb,
+    )

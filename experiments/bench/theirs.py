@@ -23,11 +23,11 @@ from worker import serve
 
 FOLDER, TASK, DTYPE, VARIANT = Path(sys.argv[1]), sys.argv[2], sys.argv[3], set(sys.argv[4].split(","))
 ROWS = json.loads((FOLDER / "rows.json").read_text())
-BF16 = DTYPE == "bfloat16"
+BF16, CUDA = DTYPE == "bfloat16", torch.cuda.is_available()
 
 
 class Clock(transformers.TrainerCallback):
-    """Seconds of each step, from its first forward pass to its update."""
+    """Seconds of each step, from its first forward pass to the end of its update."""
 
     def __init__(self):
         self.seconds: list[float] = []
@@ -36,29 +36,25 @@ class Clock(transformers.TrainerCallback):
         self.begun = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        if CUDA:
+            torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.begun)
 
 
-def load(adapted: bool) -> Any:
-    dtype = torch.bfloat16 if BF16 else torch.float32
-    model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER / "model", dtype=dtype)
-    if not adapted:
-        return model.eval()
-    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, config)
-    outcome = peft.set_peft_model_state_dict(model, load_file(FOLDER / "lora.safetensors"))
-    assert not outcome.unexpected_keys
-    return model
-
-
 TOKENIZER = transformers.AutoTokenizer.from_pretrained(FOLDER / "model")
-MODEL = load(adapted=TASK != "generate")
+MODEL = transformers.AutoModelForCausalLM.from_pretrained(FOLDER / "model", dtype=torch.bfloat16 if BF16 else torch.float32)
+if TASK == "generate":
+    MODEL = MODEL.eval().to("cuda" if CUDA else "cpu")
+LORA = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
 
 
 def train(batches: list[list[int]], learning_rate: float) -> dict[str, Any]:
-    """{"seconds": of each step, "losses", "reference": seconds spent on the reference ahead} of training on these rows, in this order."""
+    """{"seconds": of each step, "losses", "reference": seconds spent on the reference ahead} of training on these rows, in this order.
+
+    The trainer wraps the model itself: its reference is then the model without adapters, the cheapest one it knows.
+    """
     common = {
-        "output_dir": str(FOLDER / "out"), "use_cpu": True, "bf16": BF16 and "pure" not in VARIANT, "gradient_checkpointing": False,
+        "output_dir": str(FOLDER / "out"), "use_cpu": not CUDA, "bf16": BF16 and "pure" not in VARIANT, "gradient_checkpointing": False,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_length": None, "dataloader_pin_memory": False,
         "per_device_train_batch_size": len(batches[0]), "num_train_epochs": 1, "logging_steps": 1, "learning_rate": learning_rate,
         "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0, "remove_unused_columns": False,
@@ -93,8 +89,11 @@ def train(batches: list[list[int]], learning_rate: float) -> dict[str, Any]:
 
     clock = Clock()
     data = datasets.Dataset.from_list(rows)
-    trainer = Given(MODEL, args=config, train_dataset=data, processing_class=TOKENIZER, callbacks=[clock])
+    trainer = Given(MODEL, args=config, train_dataset=data, processing_class=TOKENIZER, callbacks=[clock], peft_config=LORA)
+    outcome = peft.set_peft_model_state_dict(trainer.model, load_file(FOLDER / "lora.safetensors"))
+    assert not outcome.unexpected_keys
     trainer.train()
+    trainer.model.unload()  # leaves MODEL as it was
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"seconds": clock.seconds, "losses": losses, "reference": trainer.reference}
 
@@ -103,13 +102,15 @@ def generate(prompts: list[int], new_tokens: int) -> float:
     """Seconds of greedy decoding of these rows' prompts."""
     ids = [ROWS[n]["prompt_ids"] for n in prompts]
     width = max(map(len, ids))
-    tokens = torch.tensor([[TOKENIZER.pad_token_id or 0] * (width - len(row)) + row for row in ids])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    tokens = torch.tensor([[TOKENIZER.pad_token_id or 0] * (width - len(row)) + row for row in ids], device=MODEL.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=MODEL.device)
     begun = time.perf_counter()
     with torch.inference_mode():
         MODEL.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+    if CUDA:
+        torch.cuda.synchronize()
     return time.perf_counter() - begun
 
 
 if __name__ == "__main__":
-    serve({"train": train, "generate": generate})
+    serve({"train": train, "generate": generate}, lambda: torch.cuda.max_memory_allocated() / 1e9 if CUDA else None)

@@ -37,6 +37,12 @@ def device_bytes(device: Any) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count(device.platform)
 
 
+def peak_device_gb() -> float | None:
+    """Most memory ever in use on this process's first device, in GB (1e9 bytes); None where the device does not count (CPU)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in stats else None
+
+
 def choose_remat(remat: str, make: Callable[[str], Callable], arguments: tuple, device: Any) -> tuple[Callable, str]:
     """(the step under the policy `remat`, a line that says why); "auto" takes the first policy whose step fits the device.
 
