@@ -15,6 +15,6 @@ def get_config() -> Recipe:
         name="identity_dpo_hh",
         data=Data(path="Anthropic/hh-rlhf:harmless-base", held_out=500, max_length=256),
         train=Train(steps=200, batch_size=4),
-        stages=(Stage((IdentitySpec(),), Dpo(beta=0.1), Optim(learning_rate=5e-5)),),
+        stages=(Stage((IdentitySpec(),), Dpo(beta=0.1), Optim(learning_rate=1e-5)),),
         evaluation=Evaluation(prompts=100),
     )
