@@ -41,13 +41,23 @@ class Bench:
         self.subject = [asked.shape, asked.tokenizer, str(asked.batch)]
         self.decoding = "float32" if asked.shape == "-" else "bfloat16"
         self.rows: list[dict[str, Any]] = []
+        self.started: list[Worker] = []
         self.out.mkdir(parents=True, exist_ok=True)
 
     def ours(self, task: str, dtype: str) -> Worker:
-        return Worker(HERE / "ours.py", str(self.out), task, dtype, self.data, *self.subject, log=self.out / "ours.log")
+        return self._start("ours.py", task, dtype, self.data, *self.subject)
 
     def theirs(self, task: str, dtype: str, variant: str) -> Worker:
-        return Worker(HERE / "theirs.py", str(self.out), task, dtype, variant, log=self.out / "theirs.log")
+        return self._start("theirs.py", task, dtype, variant)
+
+    def _start(self, file: str, *arguments: str) -> Worker:
+        self.started.append(Worker(HERE / file, str(self.out), *arguments, log=(self.out / file).with_suffix(".log")))
+        return self.started[-1]
+
+    def stop(self) -> None:
+        """Ends what a broken part left behind."""
+        for side in self.started:
+            side.process.kill()
 
     def add(self, name: str, goal: str, measured: float, ok: bool, detail: str = "") -> None:
         self.rows.append({"name": name, "goal": goal, "measured": round(measured, 4), "ok": ok, "detail": detail})
@@ -59,26 +69,28 @@ class Bench:
         ours, lengths = self.ours(task, dtype), json.loads((self.out / "lengths.json").read_text())
         epoch = ours.ask("epoch")
         sampled = spaced(epoch, self.rounds)
-        ours.ask("train", batches=[batch for pair in sampled for batch in pair])  # every program compiled and run once
+        unit = "pairs/s" if task == "dpo" else "tokens/s"
+        first = ours.ask("train", batches=[batch for pair in sampled for batch in pair])  # every program compiled and run once
+        CONSOLE.print(f"meetjax: {first['compile']:.0f} s of compiling")
         shuffled = shuffled_epoch(lengths, self.batch)
         by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
         grouped = [by_length[i : i + self.batch] for i in range(0, len(lengths) - self.batch + 1, self.batch)]
         variants = {"autocast": "-", "pure": "pure"} if dtype == "bfloat16" else {"plain": "-"}
         variants |= {f"{name}, reference ahead": f"{set_},precompute" for name, set_ in variants.items()} if task == "dpo" else {}
         rates: dict[str, float] = {}
-        sides: dict[str, Worker] = {}
         for name, variant in variants.items():
+            side = self.theirs(task, dtype, variant)
             for order, batches in (("shuffled", shuffled), ("grouped by length", grouped)):
-                side = sides.setdefault(name, self.theirs(task, dtype, variant))
                 first = spaced(batches, 1)[0]
                 side.ask("train", batches=first[:1], learning_rate=2e-4)
                 found = side.ask("train", batches=first, learning_rate=2e-4)
                 rates[f"{name}, {order}"] = work(first, lengths, task) / (sum(found["seconds"]) + found["reference"])
+                CONSOLE.print(f"trl {name}, {order}: {rates[f'{name}, {order}']:.3g} {unit}")
+            side.close()  # what it holds is memory that the next one may need
         best = max(rates, key=rates.__getitem__)
         name, order = best.rsplit(", ", 1)
-        theirs, batches = sides.pop(name), spaced(shuffled if order == "shuffled" else grouped, self.rounds)
-        for side in sides.values():
-            side.close()
+        theirs, batches = self.theirs(task, dtype, variants[name]), spaced(shuffled if order == "shuffled" else grouped, self.rounds)
+        theirs.ask("train", batches=batches[0][:1], learning_rate=2e-4)
         mine, other, shares, tokens = [], [], [], []
         for own, given in zip(sampled, batches, strict=True):
             rate = ours.ask("matmul")
@@ -89,8 +101,8 @@ class Bench:
             mine.append(work(own, lengths, task) / (spent + sum(found["reference"])))
             found = theirs.ask("train", batches=given, learning_rate=2e-4)
             other.append(work(given, lengths, task) / (sum(found["seconds"]) + found["reference"]))
+            CONSOLE.print(f"{mine[-1]:.3g} against {other[-1]:.3g} {unit}, {shares[-1]:.2f} of {rate / 1e9:.4g} GFLOP/s")
         ratios = [a / b for a, b in zip(mine, other, strict=True)]
-        unit = "pairs/s" if task == "dpo" else "tokens/s"
         detail = f"{median(mine):.3g} against {median(other):.3g} {unit} ({best}); rounds {' '.join(f'{r:.2f}' for r in ratios)}"
         self.add(f"{task} {unit}, {dtype}, against trl", f">= {goal}x", median(ratios), median(ratios) >= goal, detail)
         peaks = ours.close(), theirs.close()
@@ -225,6 +237,7 @@ def main() -> None:
         try:
             runs[part]()
         except Broken as error:
+            bench.stop()
             broken.append(f"{part}: {error}")
             CONSOLE.print(broken[-1])
     table = Table("what", "goal", "measured", "", title=f"{machine()}; {device}")
