@@ -30,7 +30,9 @@ from worker import Broken, Worker
 
 HERE = Path(__file__).parent
 CONSOLE = Console()
-PARTS = ("dpo-f32", "dpo-bf16", "sft-f32", "losses", "generate", "decode", "first-step", "recompiles")
+ROOM = 32e9
+"""Bytes of memory under which trl trains on a float32 batch in two parts: 8 pairs of 512 tokens took it beyond 22 GB."""
+PARTS = ("dpo-f32", "dpo-bf16", "sft-f32", "losses", "generate", "decode", "first-step", "recompiles", "growth")
 
 
 class Bench:
@@ -40,7 +42,7 @@ class Bench:
         self.data, self.out, self.rounds, self.batch = asked.data, asked.out, asked.rounds, asked.batch
         self.subject = [asked.shape, asked.tokenizer, str(asked.batch)]
         self.decoding = "float32" if asked.shape == "-" else "bfloat16"
-        self.rows: list[dict[str, Any]] = []
+        self.rows = kept_rows(self.out / "summary.json")
         self.started: list[Worker] = []
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -60,6 +62,7 @@ class Bench:
             side.process.kill()
 
     def add(self, name: str, goal: str, measured: float, ok: bool, detail: str = "") -> None:
+        self.rows = [row for row in self.rows if row["name"] != name]
         self.rows.append({"name": name, "goal": goal, "measured": round(measured, 4), "ok": ok, "detail": detail})
         CONSOLE.print(f"{name}: {measured:.3g} (goal {goal}) {'met' if ok else 'MISSED'} {detail}")
         (self.out / "summary.json").write_text(json.dumps(self.rows, indent=1) + "\n")
@@ -76,6 +79,8 @@ class Bench:
         by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
         grouped = [by_length[i : i + self.batch] for i in range(0, len(lengths) - self.batch + 1, self.batch)]
         variants = {"autocast": "-", "pure": "pure"} if dtype == "bfloat16" else {"plain": "-"}
+        if task == "dpo" and dtype == "float32" and os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < ROOM:
+            variants = {"in two parts": "halved"}
         variants |= {f"{name}, reference ahead": f"{set_},precompute" for name, set_ in variants.items()} if task == "dpo" else {}
         rates: dict[str, float] = {}
         for name, variant in variants.items():
@@ -160,6 +165,15 @@ class Bench:
         self.add("compilations after warm-up over an epoch", "0", count, count == 0)
         ours.close()
 
+    def growth(self) -> None:
+        if subprocess.run([sys.executable, str(HERE / "growth.py"), "--out", str(self.out / "growth.json")], check=False).returncode:
+            raise Broken("growth.py ended early")
+
+
+def kept_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows of parts that ran before: `--only` adds to them."""
+    return json.loads(file.read_text()) if file.exists() else []
+
 
 def first_step(recipe: Path, data: str, folder: Path) -> float:
     """Seconds from the start of `meetjax align` to its first step being logged."""
@@ -230,6 +244,7 @@ def main() -> None:
         "decode": bench.decode,
         "first-step": bench.first_step,
         "recompiles": bench.recompiles,
+        "growth": bench.growth,
     }
     broken = []
     for part in asked.only.split(","):

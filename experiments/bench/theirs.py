@@ -1,7 +1,8 @@
 """trl + peft + transformers, told to train on given batches: `python theirs.py FOLDER TASK DTYPE VARIANT`.
 
 FOLDER holds the model, `rows.json` (prompt and answers as token ids) and the LoRA to start from. TASK is dpo, sft or generate. VARIANT is a
-comma-separated set of: precompute (reference log-probabilities ahead of training), pure (weights in DTYPE and no autocast).
+comma-separated set of: precompute (reference log-probabilities ahead of training), pure (weights in DTYPE and no autocast), halved (a
+batch in two parts, whose gradients add up).
 """
 
 from __future__ import annotations
@@ -53,10 +54,11 @@ def train(batches: list[list[int]], learning_rate: float) -> dict[str, Any]:
 
     The trainer wraps the model itself: its reference is then the model without adapters, the cheapest one it knows.
     """
+    parts = 2 if "halved" in VARIANT else 1
     common = {
         "output_dir": str(FOLDER / "out"), "use_cpu": not CUDA, "bf16": BF16 and "pure" not in VARIANT, "gradient_checkpointing": False,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_length": None, "dataloader_pin_memory": False,
-        "per_device_train_batch_size": len(batches[0]), "num_train_epochs": 1, "logging_steps": 1, "learning_rate": learning_rate,
+        "per_device_train_batch_size": len(batches[0]) // parts, "gradient_accumulation_steps": parts, "num_train_epochs": 1, "logging_steps": 1, "learning_rate": learning_rate,
         "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0, "remove_unused_columns": False,
     }  # fmt: skip
     rows = [ROWS[n] for batch in batches for n in batch]
