@@ -82,20 +82,23 @@ class Bench:
         if task == "dpo" and dtype == "float32" and os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < ROOM:
             variants = {"in two parts": "halved"}
         variants |= {f"{name}, reference ahead": f"{set_},precompute" for name, set_ in variants.items()} if task == "dpo" else {}
+
+        def tried(side: Worker, name: str, order: str, batches: list[list[int]]) -> float:
+            side.ask("train", batches=grouped[:1], learning_rate=2e-4)
+            found = side.ask("train", batches=spaced(batches, 1)[0], learning_rate=2e-4)
+            rate = work(spaced(batches, 1)[0], lengths, task) / (sum(found["seconds"]) + found["reference"])
+            CONSOLE.print(f"trl {name}, {order}: {rate:.3g} {unit}")
+            return rate
+
         rates: dict[str, float] = {}
         for name, variant in variants.items():
             side = self.theirs(task, dtype, variant)
-            for order, batches in (("shuffled", shuffled), ("grouped by length", grouped)):
-                first = spaced(batches, 1)[0]
-                side.ask("train", batches=first[:1], learning_rate=2e-4)
-                found = side.ask("train", batches=first, learning_rate=2e-4)
-                rates[f"{name}, {order}"] = work(first, lengths, task) / (sum(found["seconds"]) + found["reference"])
-                CONSOLE.print(f"trl {name}, {order}: {rates[f'{name}, {order}']:.3g} {unit}")
+            rates[name] = tried(side, name, "grouped by length", grouped)
             side.close()  # what it holds is memory that the next one may need
         best = max(rates, key=rates.__getitem__)
-        name, order = best.rsplit(", ", 1)
-        theirs, batches = self.theirs(task, dtype, variants[name]), spaced(shuffled if order == "shuffled" else grouped, self.rounds)
-        theirs.ask("train", batches=batches[0][:1], learning_rate=2e-4)
+        theirs = self.theirs(task, dtype, variants[best])
+        mixed = tried(theirs, best, "shuffled", shuffled) > rates[best]
+        batches, best = spaced(shuffled if mixed else grouped, self.rounds), best + (", shuffled" if mixed else ", grouped by length")
         mine, other, shares, tokens = [], [], [], []
         for own, given in zip(sampled, batches, strict=True):
             rate = ours.ask("matmul")

@@ -58,7 +58,8 @@ def train(batches: list[list[int]], learning_rate: float) -> dict[str, Any]:
     common = {
         "output_dir": str(FOLDER / "out"), "use_cpu": not CUDA, "bf16": BF16 and "pure" not in VARIANT, "gradient_checkpointing": False,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_length": None, "dataloader_pin_memory": False,
-        "per_device_train_batch_size": len(batches[0]) // parts, "gradient_accumulation_steps": parts, "num_train_epochs": 1, "logging_steps": 1, "learning_rate": learning_rate,
+        "per_device_train_batch_size": len(batches[0]) // parts, "gradient_accumulation_steps": parts,
+        "num_train_epochs": 1, "logging_steps": 1, "learning_rate": learning_rate,
         "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0, "remove_unused_columns": False,
     }  # fmt: skip
     rows = [ROWS[n] for batch in batches for n in batch]
