@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import time
@@ -28,6 +29,7 @@ from meetjax.models.load import Model, load
 from meetjax.models.save import check_writable, save_model
 from meetjax.models.sources import cache_dir, find_source
 from meetjax.train import hosts
+from meetjax.train.checkpoint import claimed
 from meetjax.train.fit import fit
 from meetjax.train.memory import peak_device_gb
 from meetjax.train.metrics import peak_rss_gb
@@ -60,11 +62,20 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     with hosts.together("recipe"):
         check_recipe(recipe)
     hosts.agree("recipe", resolved(recipe) | {"meetjax": version("meetjax"), "jax": jax.__version__})
-    changes_base = any("base" in stage.trains or stage.absorb for stage in recipe.stages)
     out = Path(recipe.out or f"runs/{recipe.name}")
     mesh = make_mesh(recipe.train.mesh)
     check_batch(recipe.train.batch_size, mesh, recipe.train.microbatches)
     _check_hosts(recipe, mesh, out)
+    with hosts.together("out"), contextlib.ExitStack() as claim:
+        if hosts.writes():
+            claim.enter_context(claimed(out))
+        kept = claim.pop_all()
+    with kept:
+        return _run(recipe, out, mesh, console, begun)
+
+
+def _run(recipe: Recipe, out: Path, mesh: jax.sharding.Mesh, console: Console, begun: float) -> dict[str, Any]:
+    changes_base = any("base" in stage.trains or stage.absorb for stage in recipe.stages)
     console.print(f"{recipe.name}: {recipe.model} -> {out}")
     with hosts.together("base"):
         loaded = load(recipe.model, dtype=recipe.dtype, shardings=lambda config: base_shardings(config, mesh), quantize=recipe.quantize)

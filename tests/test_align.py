@@ -25,6 +25,7 @@ from meetjax.evaluate.preference import row_logps
 from meetjax.models.load import load
 from meetjax.objectives.preference import Dpo
 from meetjax.objectives.sft import Sft
+from meetjax.train.checkpoint import claimed
 from meetjax.train.metrics import read_metrics
 from meetjax.train.stage import Data, Optim, Recipe, Stage, Train
 from meetjax.train.view import read_rows
@@ -208,7 +209,16 @@ def test_a_taken_model_folder_is_told_before_training(recipe, tmp_path):
     (tmp_path / "model" / "mine.txt").write_text("mine")
     with pytest.raises(MeetjaxError, match=r"model: would be overwritten; .*found mine\.txt"):
         align(recipe(tmp_path, SFT), console=quiet())
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["model"]
+
+
+def test_a_folder_holds_one_run_at_a_time(recipe, tmp_path):
+    with claimed(tmp_path), pytest.raises(MeetjaxError, match=r"run folder; expected no other run in it; found one that is going on"):
+        align(recipe(tmp_path, SFT), console=quiet())
+    with claimed(tmp_path):
+        pass
+    with pytest.raises(MeetjaxError, match=r"run folder; expected a folder to write to; found (File exists|Not a directory)"):
+        align(recipe(write_pairs(tmp_path / "a file"), SFT), console=quiet())
 
 
 def test_a_quantised_base(recipe, model, tmp_path):

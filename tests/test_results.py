@@ -49,7 +49,8 @@ def test_a_run_is_kept_and_shown(results, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "HERE", tmp_path)
     assert results.keep(tmp_path / "run") == tmp_path / "results" / "run.json"
     lines = results.table(tmp_path / "results").splitlines()
-    row = "| 1 | `edit_dpo_hh` | pairs.jsonl | 3 | 400 x 4 | 34,560 | 0.628 (0.585 to 0.670, 495) | 0.539 | - | - | - | A1 | 28 (15) | 6.4 (2.5) |"
+    row = "| 1 | `edit_dpo_hh` | pairs.jsonl | 3 | 400 x 4 | 34,560 | 0.628 (0.585 to 0.670, 495) | 0.539 | - | - | - | A1 | 28 (15) | "
+    row += "6.4 (2.5) |"
     assert row in lines and "1. `meetjax align experiments/edit_dpo_hh.py --set data.path=pairs.jsonl --set train.seed=3`" in lines
     assert sum("not run yet" in line for line in lines) == len(results.RUNS) * len(results.SETS)
     assert {line.count("|") for line in lines if line.startswith("|")} == {results.HEADER.count("|")}

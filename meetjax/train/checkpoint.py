@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
@@ -20,6 +21,25 @@ from meetjax.train.hosts import differences
 from meetjax.train.step import State
 
 KEEP = 2
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a run's folder while the block lasts. Raises MeetjaxError when another is in it, or it cannot be written."""
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        fix = "wait for that run, or choose another out folder"
+        raise MeetjaxError(f"{folder}: run folder", expected="no other run in it", found="one that is going on", fix=fix) from None
+    except OSError as error:
+        fix = "choose another out folder"
+        raise MeetjaxError(f"{folder}: run folder", expected="a folder to write to", found=error.strerror or str(error), fix=fix) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Checkpoints:
