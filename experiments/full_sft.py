@@ -3,6 +3,8 @@
     meetjax align experiments/full_sft.py --set data.path=HH.jsonl.gz
 
 HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub.
+
+Seen on the concise set: .970 at 11 nats and 23 tokens an answer, where the methods above it reach 1.000: beaten, but by little.
 """
 
 from meetjax.objectives.sft import Sft

@@ -4,6 +4,8 @@
 
 HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. The
 markers are those of the released code, put in front of the answer; the loss leaves them out.
+
+Seen on the concise set: agrees, trained controls lead (24 tokens an answer) and markers follow (47) at as much drift.
 """
 
 from meetjax.objectives.sft import ConditionalSft

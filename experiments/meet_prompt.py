@@ -6,6 +6,9 @@ HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default rea
 al. (2023), arXiv 2310.00819: stage 1 maximises the likelihood of each class under its own control, stage 2 that of both under
 model and controls. The paper's settings are not public; all numbers here are our choice (at a rate of 1e-3 a prompt of this
 model stands still). Held-out accuracy is of the contrast: s under the good control less s under the bad one.
+
+Seen on the concise set: the second stage shortens answers from 33 tokens (meet_stage1.py) to 24 at little more drift, as the paper's
+ablation says; accuracy cannot tell, since all reach 1.000 there.
 """
 
 from meetjax.adapters.prompt import PromptSpec
