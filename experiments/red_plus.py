@@ -6,7 +6,7 @@ HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default rea
 (2024), arXiv 2402.15179: q, k, v, attention output and FFN output. The paper trains by SFT; DPO is our choice.
 
 Seen on the concise set: does not agree, RED+ is not better than RED (31 nats and 39 tokens an answer against 25 and 25, both 1.000), with
-the rate the same for both; the paper chose rates for each.
+at a fifth of RED's rate; the paper chose rates for each.
 """
 
 from meetjax.adapters.edit import EditSpec
