@@ -64,7 +64,7 @@ class Bench:
     def add(self, name: str, goal: str, measured: float, ok: bool, detail: str = "") -> None:
         self.rows = [row for row in self.rows if row["name"] != name]
         self.rows.append({"name": name, "goal": goal, "measured": round(measured, 4), "ok": ok, "detail": detail})
-        CONSOLE.print(f"{name}: {measured:.3g} (goal {goal}) {'met' if ok else 'MISSED'} {detail}")
+        CONSOLE.print(f"{name}: {measured:.3g} ({verdict(goal, ok)}) {detail}")
         (self.out / "summary.json").write_text(json.dumps(self.rows, indent=1) + "\n")
 
     def training(self, task: str, dtype: str, goal: float) -> None:
@@ -202,6 +202,10 @@ def first_step(recipe: Path, data: str, folder: Path) -> float:
     return seconds
 
 
+def verdict(goal: str, ok: bool) -> str:
+    return "for information" if goal == "none" else f"goal {goal} {'met' if ok else 'MISSED'}"
+
+
 def work(batches: list[list[int]], lengths: list[int], task: str) -> float:
     """Pairs, or tokens of prompts and answers, in these batches."""
     return float(sum(len(rows) if task == "dpo" else sum(lengths[n] for n in rows) for rows in batches))
@@ -259,9 +263,9 @@ def main() -> None:
             bench.stop()
             broken.append(f"{part}: {error}")
             CONSOLE.print(broken[-1])
-    table = Table("what", "goal", "measured", "", title=f"{machine()}; {device}")
+    table = Table("what", "measured", "", title=f"{machine()}; {device}")
     for row in bench.rows:
-        table.add_row(row["name"], row["goal"], f"{row['measured']:.4g}", "met" if row["ok"] else "missed")
+        table.add_row(row["name"], f"{row['measured']:.4g}", verdict(row["goal"], row["ok"]))
     CONSOLE.print(table)
     if broken:
         raise SystemExit("not measured: " + "; ".join(broken))
