@@ -127,9 +127,11 @@ def fit(
                 stopping = (
                     stop.is_set() if alone else hosts.preempted()
                 )  # read once, so that the loop does not end on a step that is not saved
-                if number % train.save_every == 0 or number == train.steps or stopping:
-                    _write(log, *pending, checkpoints)  # nothing that is not finite is ever saved
+                saves = number % train.save_every == 0 or number == train.steps or stopping
+                if saves or number == begin + 1:  # nothing that is not finite is ever saved, and the first step is told at once
+                    _write(log, *pending, checkpoints)
                     pending = None
+                if saves:
                     checkpoints.save(state, batches.get_state())
                     saved = number
                 if stopping:
