@@ -7,8 +7,9 @@ al. (2023), arXiv 2312.15997. Step 1 tunes a LoRA where the paper tunes the whol
 paper's formula and not the released misalignment; instructions in our words. Step 2 matches every second block from 0.31 to
 0.56 of the depth.
 
-Seen on the concise set: does not agree: .790 where DPO of a LoRA reaches 1.000, though with less drift (12 nats an answer against 18).
-The student went 17 % of the way to its targets in 45 steps of 4; the released code takes 450 of 64.
+Seen: does not agree. On the concise set .790 where DPO of a LoRA reaches 1.000, though with less drift (12 nats an answer against 18);
+on HH .491, which is nothing, against .602. The student went 17 % of the way to its targets in 45 steps of 4 on the concise set; the
+released code takes 450 of 64.
 """
 
 from meetjax.adapters.lora import LoraSpec
