@@ -5,7 +5,7 @@
 HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. Wu et al.
 (2024), arXiv 2402.15179: q, k, v, attention output and FFN output. The paper trains by SFT; DPO is our choice.
 
-Seen on the concise set: does not agree, RED+ is not better than RED (31 nats and 39 tokens an answer against 25 and 25, both 1.000), with
+Seen on the concise set: does not agree, RED+ is not better than RED (31 nats and 39 tokens an answer against 25 and 25, both 1.000),
 at a fifth of RED's rate; the paper chose rates for each.
 """
 

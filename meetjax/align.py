@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import time
@@ -66,11 +65,7 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     mesh = make_mesh(recipe.train.mesh)
     check_batch(recipe.train.batch_size, mesh, recipe.train.microbatches)
     _check_hosts(recipe, mesh, out)
-    with hosts.together("out"), contextlib.ExitStack() as claim:
-        if hosts.writes():
-            claim.enter_context(claimed(out))
-        kept = claim.pop_all()
-    with kept:
+    with claimed(out):
         return _run(recipe, out, mesh, console, begun)
 
 

@@ -3,10 +3,10 @@
     python experiments/bench/bench.py --data HH.jsonl.gz [--rounds 5] [--only dpo-f32,sft,...] [--out runs/bench]
 
 SmolLM2-135M-Instruct, LoRA r16 on all linear sites, HH harmless, 8 pairs a batch, at most 512 tokens; with `--shape` random weights of a
-published shape, in bfloat16, for accelerators. Each side composes the
-batches of an epoch in its own way (trl: in random order, and, for information, sorted by length), and each round trains on two
-batches that are as far below the middle of the epoch's costs as above it. Steps are timed after a warm-up; scoring by the
-reference is part of the time on both sides. Writes summary.json, a list of {"name", "goal", "measured", "ok"}, and log files.
+published shape, in bfloat16, for accelerators. Each side composes the batches of an epoch in its own way (trl: in random order, and,
+for information, sorted by length), and each round trains on two batches that are as far below the middle of the epoch's costs as
+above it. Steps are timed after a warm-up; scoring by the reference is part of the time on both sides. Writes summary.json, a list of
+{"name", "goal", "measured", "ok"}, and log files.
 """
 
 from __future__ import annotations

@@ -19,13 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from overhead import SPECS
 from rich.console import Console
 from rich.table import Table
 
 from meetjax.adapters.bank import init_bank
-from meetjax.adapters.edit import EditSpec
 from meetjax.adapters.lora import LoraSpec
-from meetjax.adapters.prompt import PromptSpec
 from meetjax.generate.decode import Asked, first_token, next_token
 from meetjax.generate.sampling import RowSampling
 from meetjax.models.decoder import unstack
@@ -91,8 +90,7 @@ def training(model: Model, length: int, batch: int, rank: int) -> dict[str, floa
 def decoding(model: Model, params: Any, kind: str, count: int) -> dict[str, float]:
     """{"seconds", "gb"} of a step of 8 rows under a bank of `count` adapters, each row under one of them at a strength of its own."""
     config, rows = dataclasses.replace(model.config, eos_token_ids=(), remat="none"), 8
-    specs = {"prompt": PromptSpec(length=20), "edit": EditSpec(), "lora": LoraSpec(rank=16, sites=("q", "v"))}
-    bank = init_bank(config, model.params, (specs[kind],), model.tokenizer, jax.random.key(0), count)
+    bank = init_bank(config, model.params, (SPECS[kind],), model.tokenizer, jax.random.key(0), count)
     gates = np.zeros((rows, count), np.float32)
     gates[np.arange(rows), np.arange(rows) % count] = np.linspace(0.25, 2.0, rows)
     tokens = np.random.default_rng(0).integers(10, config.vocab, (rows, PROMPT)).astype(np.int32)

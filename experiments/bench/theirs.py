@@ -97,8 +97,6 @@ def train(batches: list[list[int]], learning_rate: float) -> dict[str, Any]:
     assert not outcome.unexpected_keys
     trainer.train()
     trainer.model.unload()  # leaves MODEL as it was
-    for parameter in MODEL.parameters():
-        parameter.grad = None
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"seconds": clock.seconds, "losses": losses, "reference": trainer.reference}
 

@@ -25,17 +25,21 @@ KEEP = 2
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a run's folder while the block lasts. Raises MeetjaxError when another is in it, or it cannot be written."""
+    """Keeps other runs out of a run's folder while the block lasts; of several hosts the one that writes holds it for all. Raises
+    MeetjaxError when another run is in it, or it cannot be written.
+    """
     lock = filelock.FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout:
-        fix = "wait for that run, or choose another out folder"
-        raise MeetjaxError(f"{folder}: run folder", expected="no other run in it", found="one that is going on", fix=fix) from None
-    except OSError as error:
-        fix = "choose another out folder"
-        raise MeetjaxError(f"{folder}: run folder", expected="a folder to write to", found=error.strerror or str(error), fix=fix) from None
+    with hosts.together("out"):
+        try:
+            if hosts.writes():
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+        except filelock.Timeout:
+            fix = "wait for that run, or choose another out folder"
+            raise MeetjaxError(f"{folder}: run folder", expected="no other run in it", found="one that is going on", fix=fix) from None
+        except OSError as error:
+            found, fix = error.strerror or str(error), "choose another out folder"
+            raise MeetjaxError(f"{folder}: run folder", expected="a folder to write to", found=found, fix=fix) from None
     try:
         yield
     finally:
