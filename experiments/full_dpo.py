@@ -5,8 +5,8 @@
 HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. Rafailov
 et al. (2023), arXiv 2305.18290; AdamW at 1e-6, their rate, in place of RMSprop.
 
-Seen on the concise set: at this rate 45 steps order the answers (1.000) long before they change what is said (1 nat and 110 tokens an
-answer).
+Seen: agrees with what DPO promises, a preference for little drift: .630 on HH for 0.09 nats an answer, level with adapters that drift
+by 14 and more; on the concise set 45 steps order the answers (1.000) long before they change what is said (1 nat, 110 tokens).
 """
 
 from meetjax.objectives.preference import Dpo

@@ -4,10 +4,10 @@
 
 Data and split as in edit_dpo_hh.py.
 
-Seen: agrees in direction: one block in front of a frozen model learns the preference (1.000 on the concise set, .588 on HH at 1e-4). But
-at the rates that adapters like, it ruins the language first (201 nats an answer at 5e-5); at 1e-5 it drifts less than LoRA (14 nats).
-The paper's 5e-6 on 3B models says the same: all of a layer's weights move here. Its dial agrees too: from lambda -1 to 2 the
-margin rises and answers shorten at every step (figures/clm.svg).
+Seen: agrees. One block in front of a frozen model learns the preference (1.000 on the concise set, .608 and .614 on HH under two seeds)
+and drifts least of all adapters: 1.5 to 1.7 nats an answer on HH, a tenth of LoRA's. At the rates that adapters like it ruins the
+language first (201 nats at 5e-5 on the concise set); the paper's 5e-6 on 3B models says the same: all of a layer's weights move here.
+Its dial agrees too: from lambda -1 to 2 the margin rises and answers shorten at every step (figures/clm.svg).
 """
 
 from meetjax.adapters.identity import IdentitySpec

@@ -5,7 +5,8 @@
 HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. Our
 design: both answers of a pair are scored under the good control, so what moves is the model and the good control.
 
-Seen on the concise set: DPO goes much further than likelihood from the same stage 1 (8 tokens an answer, 22.6 nats).
+Seen: no paper has it. DPO goes further than likelihood from the same stage 1, and drifts: .606 for 34 nats on HH (.578 for 12), 8
+tokens an answer and 22.6 nats on the concise set.
 """
 
 from meetjax.adapters.prompt import PromptSpec

@@ -6,7 +6,8 @@ HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default rea
 tokens are two that SmolLM2's vocabulary holds and its chat data does not, so that no embedding row is added; their rows train
 with the model.
 
-Seen on the concise set: behind trained controls, as the paper would have it: 41 tokens an answer for 25 nats, where they give 24 for 11.
+Seen: agrees, behind trained controls: on HH .552 (.507 to .595) for 24 nats where they have .578 for 12, on the concise set 41 tokens
+an answer for 25 nats, where they give 24 for 11.
 """
 
 from meetjax.objectives.sft import ConditionalSft

@@ -5,8 +5,9 @@
 HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. The
 paper's claim is that a tiny control beside a large model is starved of signal; here it is tried.
 
-Seen on the concise set: does not agree. Trained together, controls and model do what the two stages do (1.000, 10.7 nats and 23 tokens an
-answer, 11.3 and 24 for two stages): the set's difference is one of length, which a control finds at once.
+Seen: agrees in direction on HH, .545 (.501 to .589) against .578 for two stages, intervals overlap; not on the concise set, where one
+stage does what two do (1.000, 10.7 nats and 23 tokens an answer, 11.3 and 24): a difference of length is one that a control finds at
+once.
 """
 
 from meetjax.adapters.prompt import PromptSpec

@@ -5,7 +5,8 @@
 HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. The
 markers are those of the released code, put in front of the answer; the loss leaves them out.
 
-Seen on the concise set: agrees, trained controls lead (24 tokens an answer) and markers follow (47) at as much drift.
+Seen: agrees. On HH .503 (.459 to .547) against .578 with trained controls, on the concise set 47 tokens an answer against 24 at as much
+drift.
 """
 
 from meetjax.objectives.sft import ConditionalSft

@@ -5,7 +5,8 @@
 HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. There is
 no bad control to contrast with: held-out accuracy compares with the loaded model.
 
-Seen on the concise set: the bad class adds little there (.980, 24 tokens): good answers alone already say "short".
+Seen: agrees on HH, where what tells the answers apart comes from the bad class (.483 without it, .578 with it); on the concise set it
+adds little (.980, 24 tokens): good answers alone already say "short".
 """
 
 from meetjax.adapters.prompt import PromptSpec

@@ -6,8 +6,9 @@ HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default rea
 al. (2023), arXiv 2312.15997. The two models are control LoRAs trained side by side, each on its own class, where the paper
 tunes two copies of the model; the good one is merged into the base before step 2, and the bad one is seen as their difference.
 
-Seen on the concise set: agrees, level with DPO (1.000) and further along (10 tokens an answer against 26) at less drift (15 nats
-against 18).
+Seen: agrees. It is ahead of SCIT everywhere, as in the paper, and near DPO: .610 and .580 on HH, .646 and .642 for DPO of a LoRA, at as
+much drift; on the concise set level with it (1.000) and further along (10 tokens an answer against 26) at less drift (15 nats against
+18).
 """
 
 from meetjax.adapters.lora import LoraSpec

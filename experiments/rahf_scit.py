@@ -7,9 +7,9 @@ al. (2023), arXiv 2312.15997. Step 1 tunes a LoRA where the paper tunes the whol
 paper's formula and not the released misalignment; instructions in our words. Step 2 matches every second block from 0.31 to
 0.56 of the depth.
 
-Seen: does not agree. On the concise set .790 where DPO of a LoRA reaches 1.000, though with less drift (12 nats an answer against 18);
-on HH .491, which is nothing, against .602. The student went 17 % of the way to its targets in 45 steps of 4 on the concise set; the
-released code takes 450 of 64.
+Seen: does not agree on HH, where .497 and .469 are nothing against .646 of DPO's LoRA, with 200 steps of 4 a stage; the released code
+takes 450 of 64. On the concise set it depends on alpha, as the paper says: .31, .44, .82 and .98 at 1, 2, 5 and 10, for little more
+drift (10 to 14 nats an answer; figures/rahf.svg), where DPO of a LoRA reaches 1.000 for 18.
 """
 
 from meetjax.adapters.lora import LoraSpec
