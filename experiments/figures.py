@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def draw(found: dict[str, Any]) -> Figure:
         axes.set(xlabel=AXES[found["name"]], title=title)
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{TITLES[found['name']]}, {', '.join(found['runs'])} on {found['data']}", fontsize=10)
+    title = f"{TITLES[found['name']]}, {', '.join(found['runs'])} on {found['data']}"
+    figure.suptitle("\n".join(textwrap.wrap(title, 100)), fontsize=10)
     return figure
 
 

@@ -1,6 +1,6 @@
 """RA-DPO: each answer is the preferred one under a prompt that asks for its own score; at the end the best score is asked for.
 
-    meetjax align experiments/ra_dpo.py --set data.path=ULTRAFEEDBACK.jsonl.gz
+    meetjax align experiments/ra_dpo.py --set data.path=ULTRAFEEDBACK.jsonl.gz --set data.split=none
 
 ULTRAFEEDBACK.jsonl.gz has prompt, chosen, rejected, score_chosen and score_rejected; the default reads them from the hub. Zhang et al.
 (2024), arXiv 2410.08067: N scored pairs become 2N. The wording of the request is ours. Held-out pairs ask for the highest score.

@@ -45,6 +45,7 @@ def align(
 def grid(
     file: Annotated[Path, tyro.conf.Positional],
     out: Path | None = None,
+    only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="AXIS=CHOICE,...")] = (),
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FIELD=VALUE")] = (),
 ) -> None:
     """Run every combination of a file's AXES that is not yet run.
@@ -52,6 +53,7 @@ def grid(
     Args:
         file: a grid, such as experiments/tradeoffs.py, with AXES and get_config(one argument an axis).
         out: folder of the runs, the table and the figure (runs/NAME of the file).
+        only: choices of an axis to keep, such as data=concise; may be repeated.
         set: change a field of every recipe, such as train.steps=50; may be repeated.
     """
     from meetjax.experiment import read_module, told_where
@@ -61,7 +63,7 @@ def grid(
     if not isinstance(getattr(module, "AXES", None), dict) or not callable(getattr(module, "get_config", None)):
         raise MeetjaxError(f"{file}", expected="AXES, a mapping, and get_config(one argument an axis)", found="not both")
     out = out or Path("runs") / file.stem
-    run_grid(told_where(file, partial(make_cells, module.AXES, module.get_config, out, list(set))), out)
+    run_grid(told_where(file, partial(make_cells, module.AXES, module.get_config, out, set, only)), out)
 
 
 def generate(

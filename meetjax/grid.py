@@ -29,12 +29,15 @@ class Cell(NamedTuple):
     recipe: Recipe
 
 
-def make_cells(axes: Axes, get_config: Callable[..., Recipe | None], out: Path, settings: Sequence[str] = ()) -> list[Cell]:
+def make_cells(
+    axes: Axes, get_config: Callable[..., Recipe | None], out: Path, settings: Sequence[str] = (), only: Sequence[str] = ()
+) -> list[Cell]:
     """All combinations for which `get_config(**choices)` gives a recipe, and not None, with `settings` applied to each.
 
-    Raises MeetjaxError for a recipe that cannot run, before any does.
+    `only` keeps some choices of some axes, "AXIS=CHOICE" or "AXIS=CHOICE,CHOICE" each.
+    Raises MeetjaxError for an unknown axis or choice, or a recipe that cannot run, before any does.
     """
-    cells = []
+    axes, cells = _chosen(axes, only), []
     for values in itertools.product(*axes.values()):
         choices = dict(zip(axes, values, strict=True))
         recipe = get_config(**choices)
@@ -48,6 +51,18 @@ def make_cells(axes: Axes, get_config: Callable[..., Recipe | None], out: Path, 
     if not cells:
         raise MeetjaxError(f"grid {out.name}", expected="at least one combination with a recipe", found="none")
     return cells
+
+
+def _chosen(axes: Axes, only: Sequence[str]) -> Axes:
+    for asked in only:
+        axis, _, names = asked.partition("=")
+        if axis not in axes:
+            raise MeetjaxError(f"only {asked}", expected=f"AXIS=CHOICE with an axis among {', '.join(axes)}", found=repr(axis))
+        choices, wanted = {str(value): value for value in axes[axis]}, names.split(",")
+        if unknown := [name for name in wanted if name not in choices]:
+            raise MeetjaxError(f"only {asked}", expected=f"{axis} among {', '.join(choices)}", found=repr(unknown[0]))
+        axes = {**axes, axis: [value for name, value in choices.items() if name in wanted]}
+    return axes
 
 
 def run_grid(cells: Sequence[Cell], out: Path, console: Console | None = None) -> list[dict[str, Any]]:

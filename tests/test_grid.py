@@ -93,6 +93,15 @@ def test_cells_are_checked_before_any_runs(runs, tmp_path):
     assert not runs[0]
 
 
+def test_some_choices_of_some_axes(tmp_path):
+    cells = make_cells(AXES, get_config, tmp_path, only=["objective=dpo", "seed=1"])
+    assert [tuple(cell.choices.values()) for cell in cells] == [("dpo", "4", "1"), ("dpo", "8", "1")]
+    assert make_cells(AXES, get_config, tmp_path, only=["rank=8,4"]) == make_cells(AXES, get_config, tmp_path)
+    for wrong in ("kind=edit", "rank=16", "rank", "rank=4,"):
+        with pytest.raises(MeetjaxError, match=f"only {wrong}; expected"):
+            make_cells(AXES, get_config, tmp_path, only=[wrong])
+
+
 def test_the_study_is_a_grid(tmp_path):
     """Both objectives on the same adapters at the same rate, no edit with a rank, and QLoRA at one."""
     from tests.test_stages import load_experiment

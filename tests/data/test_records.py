@@ -218,7 +218,7 @@ def test_bad_arguments(tmp_path):
         read_records(path, "pairs")
     with pytest.raises(MeetjaxError, match="limit"):
         read_records(path, "completion", limit=0)
-    with pytest.raises(MeetjaxError, match=r"split.*drop the split"):
+    with pytest.raises(MeetjaxError, match=r"split.*give no split \(data.split=none\)"):
         read_records(path, "completion", split="train")
 
 
