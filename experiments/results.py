@@ -31,6 +31,8 @@ RUNS = (
     "identity_dpo_hh", "edit_dpo_hh", "red_plus", "rahf_scit", "rahf_dual", "lora_dpo_hh", "prompt_dpo_hh", "full_dpo",
 )  # fmt: skip
 """What is to be measured on each of `SETS`: the table says so where it is not."""
+UNSAID = ("name", "out", "train.microbatches")
+"""What changes no number, but for the order of sums."""
 TOLD = ("data.", "train.", "remat=")
 """Changes that a row shows in columns of their own, or that change no number in it; others stand beside its name."""
 
@@ -90,7 +92,7 @@ def _row(number: int, summary: dict[str, Any]) -> str:
 def changes(summary: dict[str, Any]) -> list[str]:
     """FIELD=VALUE of what a summary's recipe changes of the experiment's file."""
     own, now = flat(summary["recipe"]), _defaults(HERE / f"{summary['name']}.py")
-    return [f"{path}={value}" for path, value in own.items() if path not in ("name", "out") and now.get(path) != value]
+    return [f"{path}={value}" for path, value in own.items() if path not in UNSAID and now.get(path) != value]
 
 
 @functools.cache

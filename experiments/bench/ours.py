@@ -25,10 +25,8 @@ from transformers import AutoTokenizer
 from worker import serve
 
 from meetjax.adapters.bank import init_bank
-from meetjax.adapters.edit import EditSpec
 from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.peft import lora_to_peft
-from meetjax.adapters.prompt import PromptSpec
 from meetjax.data.loader import Plan, make_batches, pad_batch
 from meetjax.data.tokenize import answer_ids, laid_lengths
 from meetjax.generate.decode import generate_tokens
@@ -159,17 +157,14 @@ def _prompts(prompts: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([np.pad(row, (0, width - len(row))) for row in ids]), np.asarray([len(row) for row in ids], np.int32)
 
 
-def generate(prompts: list[int], new_tokens: int, kind: str = "") -> float:
-    """Seconds of greedy decoding of these rows' prompts; kind: with as many adapters of it as rows, one each, at mixed strengths."""
+def generate(prompts: list[int], new_tokens: int) -> float:
+    """Seconds of greedy decoding of these rows' prompts."""
     tokens, lengths = _prompts(prompts)
     count = len(prompts)
     still = dataclasses.replace(CONFIG, eos_token_ids=(), remat="none")  # no row stops early
     rows = RowSampling(jnp.zeros(count), jnp.zeros(count, jnp.int32), jnp.ones(count), jnp.zeros(count, jnp.int32))
-    specs = {"prompt": PromptSpec(length=20), "edit": EditSpec(), "lora": LoraSpec(rank=16, sites=("q", "v"))}
-    bank = init_bank(CONFIG, MODEL.params, (specs[kind],), MODEL.tokenizer, jax.random.key(0), count) if kind else None
-    gates = np.diag(np.linspace(0.25, 2.0, count)).astype(np.float32) if kind else None
-    run = partial(generate_tokens, still, PARTED, tokens, lengths, rows, bank, gates, max_new_tokens=new_tokens)
-    if (key := (kind, tokens.shape, new_tokens)) not in WARM:
+    run = partial(generate_tokens, still, PARTED, tokens, lengths, rows, max_new_tokens=new_tokens)
+    if (key := (tokens.shape, new_tokens)) not in WARM:
         WARM.add(key)
         jax.block_until_ready(run())
     begun = time.perf_counter()

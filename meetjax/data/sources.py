@@ -37,7 +37,9 @@ def iterate_rows(source: str | Path, split: str | None = None) -> Iterator[tuple
     if not path.exists() and not known and HUB_ID.fullmatch(str(source)):
         return _hub_rows(str(source), split)
     if split is not None:
-        raise MeetjaxError(f"{source}: split", expected="no split, a file has only itself", found=repr(split), fix="give no split (data.split=none)")
+        raise MeetjaxError(
+            f"{source}: split", expected="no split, a file has only itself", found=repr(split), fix="give no split (data.split=none)"
+        )
     if not path.exists():
         raise MeetjaxError(f"{source}: no such file", expected="a .jsonl, .json, .csv or .parquet file, or a hub id such as org/name")
     if not path.is_file():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from meetjax.errors import MeetjaxError
-from meetjax.models.bits import keep
+from meetjax.models.bits import keep, write_cells
 from meetjax.models.config import ModelConfig
 from meetjax.models.layers import rotate
 from meetjax.models.layout import MASKED, Layout
@@ -143,8 +143,7 @@ def make_attend(layout: Layout, windowed: bool | Array = True, cache: tuple[Arra
         k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
         slot = layout.slot
         if cache is not None and slot is not None:
-            write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=1))
-            k, v = write(cache[0], k, slot), write(cache[1], v, slot)
+            k, v = write_cells(cache[0], k, slot), write_cells(cache[1], v, slot)
         if cache is None and layout.by == "splash":
             return keep(splash_attention(q, k, v, layout.features, layout.lead)), (k, v)
         if cache is None and layout.by == "cudnn":

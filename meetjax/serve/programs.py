@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from meetjax.adapters.tree import Bank, Prompt
 from meetjax.generate.sampling import RowSampling, sample
+from meetjax.models.bits import write_slice
 from meetjax.models.config import ModelConfig
 from meetjax.models.decoder import Cache, extend, prefill
 from meetjax.models.layers import logits
@@ -171,7 +172,7 @@ def first_token(params: Params, hidden: list[Array], weights: Float[Array, "1 M"
 def insert(going: Going, stage: Cache, row: Int[Array, ""], token: Int[Array, " 1"]) -> Going:
     """Overwrites all cells of a row of the batch with those of a prefilled row, so that nothing of who was there before is left."""
     stage = _with_cells(stage, going.cache.cells.bias.shape[1])
-    cache = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, axis=0), going.cache, stage)
+    cache = jax.tree.map(lambda old, new: write_slice(old, new, row, axis=0), going.cache, stage)
     last = jax.lax.dynamic_update_slice_in_dim(going.last, token, row, axis=0)
     step = jax.lax.dynamic_update_slice_in_dim(going.step, jnp.ones(1, jnp.int32), row, axis=0)
     return Going(cache, last, step)
@@ -208,7 +209,7 @@ def cut(stage: Cache, start: Int[Array, ""], size: int) -> Block:
 def paste(stage: Cache, block: Block, start: Int[Array, ""]) -> Cache:
     """The row with the block's cells behind `start` others."""
     leaves, tree = jax.tree.flatten((stage.blocks, stage.identity))
-    new = [jax.lax.dynamic_update_slice_in_dim(x, block.pairs[i][None], start, axis=2) for i, x in enumerate(leaves)]
+    new = [write_slice(x, block.pairs[i][None], start, axis=2) for i, x in enumerate(leaves)]
     blocks, identity = jax.tree.unflatten(tree, new)
     old = (stage.cells.bias, stage.cells.places)
     bias, places = jax.tree.map(

@@ -179,9 +179,9 @@ def replicated(mesh: Any) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(rows: int, mesh: Mesh, microbatches: int = 1) -> None:
-    """Raises MeetjaxError for a batch that does not divide over the mesh, each micro-batch of it alike."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+def check_batch(rows: int, mesh: Mesh, microbatches: int = 0) -> None:
+    """Raises MeetjaxError for a batch that does not divide over the mesh, each micro-batch of it alike (0: whatever the rule gives)."""
+    ways, microbatches = math.prod(mesh.shape[axis] for axis in BATCH_AXES), max(1, microbatches)
     if rows % (ways * microbatches):
         parts = "" if microbatches == 1 else f" x {microbatches} microbatches"
         expected = f"a multiple of data x fsdp{parts} = {ways * microbatches}"

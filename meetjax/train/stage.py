@@ -122,12 +122,13 @@ class Data:
 class Train:
     """steps and batch_size (prompts a step, all devices together) hold for each stage.
 
-    mesh: (data, fsdp, model), or the name of a preset for all devices (`sharding.preset`).
+    microbatches: parts of a batch, one after another (0: as in `step.choose_microbatches`); mesh: (data, fsdp, model), or the name of a
+    preset for all devices (`sharding.preset`).
     """
 
     steps: int = 200
     batch_size: int = 8
-    microbatches: int = 1
+    microbatches: int = 0
     save_every: int = 50
     seed: int = 0
     mesh: tuple[int, int, int] | Preset = (1, 1, 1)
@@ -175,7 +176,7 @@ def check_recipe(recipe: Recipe) -> None:
     bounds: list[tuple[str, Any, bool, str]] = [
         ("train.steps", train.steps, train.steps >= 1, ">= 1"),
         ("train.batch_size", train.batch_size, train.batch_size >= 1, ">= 1"),
-        ("train.microbatches", train.microbatches, train.microbatches >= 1, ">= 1"),
+        ("train.microbatches", train.microbatches, train.microbatches >= 0, ">= 0"),
         ("train.save_every", train.save_every, train.save_every >= 1, ">= 1"),
         ("train.seed", train.seed, 0 <= train.seed < 2**32, "0 to 2^32 - 1"),
         ("data.held_out", data.held_out, data.held_out >= 0, ">= 0"),
@@ -222,7 +223,7 @@ def check_recipe(recipe: Recipe) -> None:
     for field, value, ok, expected in bounds:
         if not ok:
             raise MeetjaxError(f"recipe: {field}", expected=expected, found=value)
-    if train.batch_size % train.microbatches:
+    if train.batch_size % max(1, train.microbatches):
         expected = f"a divisor of train.batch_size = {train.batch_size}"
         raise MeetjaxError("recipe: train.microbatches", expected=expected, found=train.microbatches)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from meetjax.adapters.tree import columns
 from meetjax.models import layers
+from meetjax.models.bits import write_cells
 from meetjax.models.decoder import decode_step, extend, prefill, unstack
 from tests.conftest import (
     BATCH,
@@ -131,3 +133,18 @@ def test_two_identity_blocks_have_a_cache_each(base):
     cache = jax.eval_shape(lambda: prefill(config, unstack(params), TOKENS, LENGTHS, CAPACITY, deep)[1])
     assert sorted(cache.identity) == ["0.0", "0.1"]
     assert all(leaf.shape == (BATCH, config.kv_heads, CAPACITY, config.head_width) for leaf in jax.tree.leaves(cache.identity))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("length", [1, 3])
+def test_every_row_writes_its_own_cells(dtype, length):
+    """To the bit, also where bfloat16 is written in another way, and nothing else moves."""
+    draw, slot = np.random.default_rng(0), np.array([0, 4, 2], np.int32)
+    cache = jnp.asarray(draw.normal(size=(3, 2, 7, 4)), dtype)
+    new = jnp.asarray(draw.normal(size=(3, 2, length, 4)), dtype)
+    found = jax.jit(write_cells)(cache, new, slot)
+    expected = np.array(cache)
+    for row, at in enumerate(slot):
+        expected[row, :, at : at + length] = np.asarray(new)[row]
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(found), expected)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from meetjax.objectives.figa import Figa
+from meetjax.objectives.kto import Kto
+from meetjax.objectives.preference import Dpo
 from meetjax.objectives.representation import Rahf
 from meetjax.objectives.sft import ConditionalSft
 from meetjax.objectives.table import OBJECTIVES
-from meetjax.train.step import Parts, make_gradient, partition
+from meetjax.train.step import PART, Parts, choose_microbatches, make_gradient, partition
 from meetjax.types import Batch
 from tests.conftest import TINY, assert_trees_close, random_bank, random_params
 
@@ -80,3 +82,20 @@ def test_same_gradient_for_every_split(objective):
     assert float(np.abs(whole.adapters.lora.q.a).max()) > 0
     for name, value in metrics.items():
         np.testing.assert_allclose(split_metrics[name], value, rtol=ROUNDING, err_msg=name)
+
+
+def test_the_rule_keeps_parts_small():
+    assert [choose_microbatches(Dpo(), 8, tokens) for tokens in (PART // 8, PART // 8 + 1, PART // 2, PART // 2 + 1, 4 * PART)] == [
+        1,
+        2,
+        4,
+        8,
+        8,
+    ]
+    assert choose_microbatches(Dpo(), 7, PART // 2) == 7 and choose_microbatches(Kto(), 8, PART) == 1
+    batch = make_batch(2)
+    batch = dataclasses.replace(batch, tokens=np.pad(batch.tokens, ((0, 0), (0, 0), (0, 200))))
+    trainable, frozen = partition(random_params(SMALL), random_bank(SMALL, ("edit",), entries=(0,)), kinds=("edit",), base=False)
+    assert choose_microbatches(Dpo(), *batch.tokens.reshape(ROWS, -1).shape) == 4
+    by_rule, whole = (make_gradient(SMALL, Dpo(), n) for n in (0, 1))
+    assert_trees_close(jax.jit(by_rule)(trainable, frozen, batch)[0], jax.jit(whole)(trainable, frozen, batch)[0])
