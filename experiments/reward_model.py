@@ -4,6 +4,9 @@
 
 HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. The held-out
 accuracy is that of the rewards. They are centred as in Eisenstein et al. (2023), arXiv 2312.09244, eq. 2, with its weight 0.01.
+
+Seen: agrees. Rewards order .614 (.571 to .656) of the held-out pairs, above the shorter answer (.539) and untrained log-probabilities
+(.549), and no better than the implicit reward of DPO with the same data (.602 after as many steps).
 """
 
 from meetjax.adapters.lora import LoraSpec
