@@ -1,6 +1,6 @@
-"""The table of measured runs in README.md, made from the summaries that the runs wrote.
+"""The tables of README.md, made from the summaries that runs and `make bench` wrote.
 
-    python experiments/results.py              rewrites the table from results/*.json (`make results`)
+    python experiments/results.py              rewrites the tables from results/*.json and bench/*.json (`make results`)
     python experiments/results.py add runs/X   first keeps the summary of a run as results/X.json
 
 A kept summary is the run's own `summary.json` without what belongs to one machine: its output folder, and the folder of a data file.
@@ -125,11 +125,29 @@ def _with_interval(summary: dict[str, Any], name: str, interval: str, form: str,
     return f"{summary[name]:{form}} ({low:{form}} to {high:{form}}{more})"
 
 
+def plain_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown of rows as `make bench` writes them, a column a key; of "ok", what became of the goal."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join("" if key == "ok" else key for key in columns) + " |", "|" + " --- |" * len(columns)]
+    for row in rows:
+        cells = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items()}
+        if "ok" in row:
+            cells["ok"] = "" if row["goal"] == "none" else "met" if row["ok"] else "missed"
+        lines.append("| " + " | ".join(cells.get(key, "") for key in columns) + " |")
+    return "\n".join(lines)
+
+
 def rewrite(readme: Path = HERE / "README.md") -> None:
-    """Puts the table between its two marks."""
+    """Puts every table between its two marks."""
     before, _, rest = readme.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+
+    def bench(found: re.Match[str]) -> str:
+        begin, file, end = found.groups()
+        return f"{begin}\n{plain_table(json.loads((HERE / file).read_text()))}\n{end}"
+
+    text = f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    readme.write_text(re.sub(r"(<!-- (bench/\w+\.json): made by results.py -->).*?(<!-- end of it -->)", bench, text, flags=re.DOTALL))
 
 
 if __name__ == "__main__":
