@@ -6,6 +6,12 @@ Thakkar et al. (2024), arXiv 2406.04879, vary method, data, model and LoRA again
 its own. Here every cell of a kind has the same sites, rank and rate, so that the method's effect is its own (their pair of presets
 confounds the two); "qlora" is the same LoRA on a base in int8. HH is the 2,312-row harmless test part when
 given as `data`; "concise" comes with the package.
+
+Seen, on "concise" alone, seed 0, 45 steps, ranks 4 and 16 (`--only data=concise --only seed=0 --only rank=4,16 --set train.steps=45`):
+agrees where it can tell. LoRA and QLoRA are about equal (10.0 and 10.4 nats an answer for SFT, 20.9 and 21.7 for DPO), as the paper has
+it; rank, of which it prints nothing, changes how far a model goes and not whether it learns (7.1 and 10.0, 12.2 and 20.9 nats at ranks 4
+and 16). DPO moves each kind further than SFT, to longer answers (33 to 82 tokens against 23 to 37). That DPO suits an instruct model better
+than SFT shows on HH (README: LoRA by DPO .646, the whole model by SFT .479); here all reach .98 to 1.00.
 """
 
 from meetjax.adapters.edit import EditSpec

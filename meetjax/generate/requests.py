@@ -21,6 +21,8 @@ from meetjax.models.decoder import unstack
 Template = Literal["auto", "chat", "none"]
 BUCKET = 32
 """Prompt lengths are rounded up to a multiple of this many tokens, so that few programs are compiled."""
+TOKENS = 32768
+"""Of a batch at most, prompts and answers together: keys and values of so many are 1.5 GB for a model of 135M in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,8 @@ def generate_texts(
     template: Template = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> list[Completion]:
-    """Answers in the order of the requests. model: `meetjax.load`'s; longest prompts are run first, `batch_size` rows at a time.
+    """Answers in the order of the requests. model: `meetjax.load`'s; longest prompts are run first, `batch_size` rows at a time
+    or, where these are long, a half, a quarter and so on.
 
     Raises MeetjaxError for gates of another shape, a negative gate of a soft prompt, or a prompt beyond the model's positions.
     """
@@ -74,10 +77,12 @@ def generate_texts(
     encoded = [encode(model, request, template, max_new_tokens) for request in requests]
     order = sorted(range(len(requests)), key=lambda i: (-len(encoded[i]), i))
     results: list[Completion | None] = [None] * len(requests)
-    for begin in range(0, len(order), batch_size):
-        chosen = order[begin : begin + batch_size]
+    left = order
+    while left:
+        size = min(_rows_at_once(len(encoded[left[0]]) + max_new_tokens, batch_size), len(order))
+        chosen, left = left[:size], left[size:]
         # A short last batch is filled with copies of its first row, so that it needs no program of its own.
-        rows = chosen + [chosen[0]] * (min(batch_size, len(order)) - len(chosen))
+        rows = chosen + [chosen[0]] * (size - len(chosen))
         tokens, counts = _run(model, params, [requests[i] for i in rows], [encoded[i] for i in rows], adapters, max_new_tokens)
         for i, ids, count in zip(chosen, tokens, counts, strict=False):
             ids = tuple(int(token) for token in ids[:count])
@@ -87,6 +92,13 @@ def generate_texts(
         if progress is not None:
             progress(len(chosen))
     return [result for result in results if result is not None]
+
+
+def _rows_at_once(tokens: int, batch_size: int) -> int:
+    """Rows of so many tokens each: halved until they are `TOKENS` at most."""
+    while batch_size > 1 and batch_size * tokens > TOKENS:
+        batch_size //= 2
+    return batch_size
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt, template: Template = "auto", marker: str = "") -> list[int]:

@@ -95,6 +95,13 @@ def test_progress_counts_every_request_once(model, bank):
     assert seen == [4, 2]
 
 
+def test_long_prompts_are_run_fewer_at_once(model, bank, answers, monkeypatch):
+    seen, longest = [], max(len(answer.prompt) for answer in answers)
+    monkeypatch.setattr(requests_module, "TOKENS", 3 * (longest + NEW))
+    fewer = generate_texts(model, DIALLED, adapters=bank, max_new_tokens=NEW, batch_size=4, progress=seen.append)
+    assert seen[0] == 2 and sum(seen) == len(DIALLED) and [answer.ids for answer in fewer] == [answer.ids for answer in answers]
+
+
 def test_nothing_to_do(model):
     assert generate_texts(model, []) == []
 
