@@ -66,7 +66,7 @@ def subject() -> Model:
 
 
 MODEL = subject()
-CONFIG = dataclasses.replace(MODEL.config, dtype=DTYPE, remat="dots" if CPU else "none")
+CONFIG = dataclasses.replace(MODEL.config, dtype=DTYPE, remat="dots")
 STAGE = Stage((LORA,), Sft() if TASK == "sft" else Dpo(beta=0.1), Optim(learning_rate=2e-4, schedule="constant", warmup=0.0))
 SPLIT = read_rows(Data(path=DATA, held_out=500, max_length=LENGTH), STAGE, MODEL.tokenizer, Console(stderr=True))
 ROWS, BUCKETS = SPLIT.train, SPLIT.buckets

@@ -47,10 +47,11 @@ def choose_remat(remat: str, make: Callable[[str], Callable], arguments: tuple, 
     """(the step under the policy `remat`, a line that says why); "auto" takes the first policy whose step fits the device.
 
     make: policy -> jitted step; arguments: with the largest batch. From fast to small: keep all ("none"), keep what products gave
-    ("dots"), keep the residual stream ("full"). On CPU keeping all is slower than computing again what is cheap: it is not tried.
+    ("dots"), keep the residual stream ("full"). Only on TPU is keeping all tried: on CPU it is slower than computing again what is cheap,
+    and on a GPU too (H200, a model of 1B, 2,048 tokens: 37 ms a step against 33 of "dots" and 38 of "full").
     """
     limit = least("memory of a device", device_bytes(device))  # hosts that chose differently would run different programs
-    automatic = ("dots", "full") if device.platform == "cpu" else ("none", "dots", "full")
+    automatic = ("none", "dots", "full") if device.platform == "tpu" else ("dots", "full")
     said = "remat"
     for policy in automatic if remat == "auto" else (remat,):
         step = make(policy)
