@@ -18,15 +18,18 @@ from meetjax.adapters.algebra import merge_model
 from meetjax.adapters.bank import KIND_OF, init_bank
 from meetjax.adapters.io import save_adapters
 from meetjax.adapters.tree import KINDS, Bank, check_gates, count_parameters, kinds
+from meetjax.data.convert import GOOD
 from meetjax.data.tokenize import Rows
 from meetjax.errors import MeetjaxError
 from meetjax.evaluate.drift import drift
 from meetjax.evaluate.preference import accuracy, base_logps, row_logps, row_rewards, shorter_accuracy
 from meetjax.evaluate.report import write_summary
+from meetjax.generate.requests import encode_prompt
 from meetjax.models.fingerprint import file_digest, fingerprint
 from meetjax.models.load import Model, load
 from meetjax.models.save import check_writable, save_model
 from meetjax.models.sources import cache_dir, find_source
+from meetjax.objectives.representation import Rahf
 from meetjax.train import hosts
 from meetjax.train.checkpoint import claimed
 from meetjax.train.fit import fit
@@ -174,13 +177,19 @@ def _count_trained(recipe: Recipe, model: Model, bank: Bank, teacher: Bank | Non
 
 
 def _moved(recipe: Recipe, model: Model, loaded: Model, bank: Bank, judged: Split, console: Console) -> dict[str, Any]:
-    """Drift from the loaded model on held-out prompts, under the gates and the marker of good answers where there are such."""
-    count, rows = recipe.evaluation.prompts, judged.held_out
-    console.print(f"answering {count} held-out prompts")
-    gates = None if rows is None or rows.gates is None else tuple(rows.gates[0].tolist())
+    """Drift from the loaded model on the prompts of held-out rows, under the gates and the marker of good answers where there are such."""
+    asked, rows = recipe.evaluation, judged.held_out
+    assert rows is not None, "prompts to answer are held out"
+    good = 0 if rows.classes is None else int(np.argmax(rows.classes == GOOD))
+    gates = None if rows.gates is None else tuple(rows.gates[good].tolist())
     marker = recipe.stages[-1].view.markers[-1] if recipe.stages[-1].view.markers else ""
-    prompts = [record.prompt for record in judged.records[:count]]
-    return drift(model, loaded, bank, prompts, gates=gates, marker=marker, max_new_tokens=recipe.evaluation.max_new_tokens)
+    room = model.config.max_position - asked.max_new_tokens
+    prompts = [judged.records[n].prompt for n in rows.records]  # not those that tokenising left out
+    short = [p for p in prompts if len(encode_prompt(model.tokenizer, p, recipe.data.template, marker)) <= room][: asked.prompts]
+    if not short:
+        raise MeetjaxError("evaluation.prompts", expected=f"a held-out prompt of at most {room} tokens", found="none")
+    console.print(f"answering {len(short)} held-out prompts")
+    return drift(model, loaded, bank, short, gates=gates, marker=marker, template=recipe.data.template, max_new_tokens=asked.max_new_tokens)
 
 
 def _new_kinds(bank: Bank, stage: Stage, model: Model, seed: int) -> Bank:
@@ -196,11 +205,11 @@ def _joined(bank: Bank, made: Bank) -> Bank:
 
 def _rehearse(recipe: Recipe, model: Model, splits: dict[Any, Split]) -> None:
     """Raises MeetjaxError now for what would end a later stage: a layer that the model lacks, gates for other columns than there are."""
-    bank, layers = Bank(), model.config.layers
+    bank, teacher, layers = Bank(), None, model.config.layers
     for i, stage in enumerate(recipe.stages):
         if stage.absorb:
             check_gates(bank, np.asarray([stage.absorb], np.float32), 1)
-            bank = Bank()
+            teacher, bank = bank, Bank()
         made: Any = jax.eval_shape(
             lambda params, bank=bank, stage=stage: _new_kinds(bank, stage, dataclasses.replace(model, params=params), 0), model.params
         )
@@ -209,6 +218,21 @@ def _rehearse(recipe: Recipe, model: Model, splits: dict[Any, Split]) -> None:
         taps = getattr(stage.objective, "taps", (1,))
         if min(taps, default=0) < 0 or not 1 <= max(taps, default=0) <= layers:
             raise MeetjaxError(f"recipe: stages.{i}.objective.taps", expected=f"0 to {layers}, one of them above 0", found=taps)
+        if isinstance(stage.objective, Rahf):
+            _check_looks(stage.objective, teacher, f"recipe: stages.{i}.objective.looks")
+
+
+def _check_looks(objective: Rahf, teacher: Bank | None, where: str) -> None:
+    """Raises MeetjaxError unless the teacher can be seen in the three ways that the objective asks for."""
+    if len(objective.looks) != 3:
+        raise MeetjaxError(where, expected="three: h, h_good and h_bad", found=len(objective.looks))
+    for prompt, gates in objective.looks:
+        if not 0 <= prompt < len(objective.asks):
+            raise MeetjaxError(where, expected=f"prompts 0 to {len(objective.asks) - 1}, those of asks", found=prompt)
+        if gates and teacher is None:
+            raise MeetjaxError(where, expected="adapters that this stage absorbs, for gates to open", found="none", fix="set absorb")
+        if gates:
+            check_gates(teacher, np.asarray([gates], np.float32), 1)
 
 
 def open_reference(model: Model) -> Reference:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from meetjax.adapters.algebra import stack
+from meetjax.adapters.algebra import apart, stack
 from meetjax.adapters.io import load_adapters
-from meetjax.adapters.tree import Bank, check_gates, columns, count_parameters, kinds
+from meetjax.adapters.tree import Bank, check_gates, count_parameters, kinds
 from meetjax.data.records import Message
 from meetjax.errors import MeetjaxError
 from meetjax.generate.requests import Request, stream_text
@@ -34,11 +34,18 @@ class Chat:
     """A model, its adapters with their dials, and what has been said."""
 
     def __init__(self, model: Model, folders: dict[str, Path], *, sampling: Sampling, seed: int, max_new_tokens: int):
-        """folders: adapter by name, all trained on this model. Raises MeetjaxError for one that cannot be used."""
+        """folders: adapter by name, all trained on this model; one of several gate columns becomes name.0, name.1, ..., the last of them
+        on. Raises MeetjaxError for one that cannot be used.
+        """
         self.model, self.params = model, unstack(model.params)
-        self.banks = {name: load_adapters(folder, model.fingerprint) for name, folder in folders.items()}
+        self.banks: dict[str, Bank] = {}
+        self.strengths: dict[str, float] = {}
+        for name, folder in folders.items():
+            own = apart(load_adapters(folder, model.fingerprint))
+            for column, bank in enumerate(own):
+                called = name if len(own) == 1 else f"{name}.{column}"
+                self.banks[called], self.strengths[called] = bank, float(column == len(own) - 1)
         self.bank: Bank | None = stack(list(self.banks.values())) if self.banks else None
-        self.strengths = dict.fromkeys(self.banks, 1.0)
         self.dial: float | None = None
         self.system: str | None = None
         self.said: list[Message] = []
@@ -76,16 +83,14 @@ class Chat:
         return "\n".join([*lines, f"logit dial: {'off' if self.dial is None else f'{self.dial:g}'}"] if lines else ["no adapter is loaded"])
 
     def _gates(self) -> tuple[float, ...] | None:
-        rows = [(self.strengths[name],) * columns(bank) for name, bank in self.banks.items()]
-        return sum(rows, ()) if rows else None
+        return tuple(self.strengths.values()) or None
 
     def _set(self, rest: str) -> str:
         name, _, value = rest.rpartition(" ")
         if name.strip() not in self.banks:
             raise MeetjaxError("/set", expected="NAME STRENGTH, a name of " + (", ".join(self.banks) or "none"), found=rest or "nothing")
         name, strength = name.strip(), _number("/set", value)
-        bank = self.banks[name]
-        check_gates(bank, np.full((1, columns(bank)), strength, np.float32), 1)
+        check_gates(self.banks[name], np.full((1, 1), strength, np.float32), 1)
         self.strengths[name] = strength
         return self.told()
 

@@ -69,7 +69,7 @@ def grid(
 def generate(
     prompt: str,
     adapter: Path | None = None,
-    strength: float | None = None,
+    strength: tuple[float, ...] = (),
     dial: float | None = None,
     model: str = "smollm2-135m-instruct",
     quantize: Literal["none", "int8", "int4"] = "none",
@@ -85,7 +85,7 @@ def generate(
     Args:
         prompt: the user's message.
         adapter: folder of a trained adapter (none: the base model).
-        strength: how much of the adapter: 0 base, 1 trained, between, beyond, or below 0 for the other way.
+        strength: how much of the adapter: 0 base, 1 trained, between, beyond, or below 0 for the other way; one for each gate column.
         dial: mix logits instead of weights, z = dial * adapted + (1 - dial) * base, with the adapter in full.
         model: hub id, folder, .gguf file or smollm2-135m-instruct.
         quantize: hold the linear weights as integers.
@@ -102,9 +102,9 @@ def generate(
     from meetjax.generate.sampling import Sampling
     from meetjax.models.load import load
 
-    if adapter is None and (strength is not None or dial is not None):
+    if adapter is None and (strength or dial is not None):
         raise MeetjaxError("generate: --strength or --dial without an adapter", fix="name one with --adapter DIR")
-    if strength is not None and dial is not None:
+    if strength and dial is not None:
         raise MeetjaxError("generate: --strength and --dial", expected="one of them", found="both")
     sampling = Sampling(temperature, top_k, top_p)
     loaded = load(model, quantize=quantize)
@@ -112,7 +112,7 @@ def generate(
     if adapter is not None:
         bank = load_adapters(adapter, loaded.fingerprint)
         if dial is None:
-            gates, dial = at_strength(bank, 1.0 if strength is None else strength)
+            gates, dial = at_strength(bank, *(strength or (1.0,)))
     request = Request(prompt, system=system, gates=gates, dial=dial, sampling=sampling, seed=seed)
     print(generate_texts(loaded, [request], adapters=bank, max_new_tokens=max_new_tokens)[0].text)
 

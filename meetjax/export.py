@@ -93,9 +93,9 @@ def begins_with_bos(model: Model) -> bool:
 
 def _gates(bank: Bank, strengths: tuple[float, ...]) -> tuple[float, ...]:
     width = columns(bank)
-    gates = (strengths or (1.0,)) * (width if len(strengths) < 2 else 1)
+    gates = strengths or (1.0,)
     if len(gates) != width:
-        raise MeetjaxError("export: --strength", expected=f"one, or one for each of {width} gate columns", found=len(gates))
+        raise MeetjaxError("export: --strength", expected=f"one for each of {width} gate columns", found=len(gates))
     check_gates(bank, np.asarray([gates], np.float32), 1)
     return gates
 

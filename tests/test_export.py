@@ -140,7 +140,7 @@ def test_strengths_that_cannot_be_fixed_are_refused(model, model_folder, saved, 
         (0.5,): "expected one at strength 1; found [0.5]",
         (-1.0,): "expected >= 0",
         (0.0,): "a soft prompt at strength 0",
-        (1.0, 1.0): "expected one, or one for each of 1 gate columns; found 2",
+        (1.0, 1.0): "expected one for each of 1 gate columns; found 2",
         (float("nan"),): "expected finite numbers",
     }.items():
         message = error_of(lambda strengths=strengths: export_adapter(adapter, "peft", tmp_path / "out", str(model_folder), strengths))

@@ -9,7 +9,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from meetjax.adapters.tree import KINDS, MERGEABLE, Bank, Edit, EditSite, Identity, Lora, LoraSite, Prompt, Reward, columns, kinds
+from meetjax.adapters.tree import (
+    KINDS,
+    MERGEABLE,
+    Bank,
+    Edit,
+    EditSite,
+    Identity,
+    Lora,
+    LoraSite,
+    Prompt,
+    Reward,
+    columns,
+    entry_axis,
+    kinds,
+)
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
 from meetjax.models.config import ModelConfig
@@ -33,14 +47,35 @@ def scale(bank: Bank, strength: float) -> Bank:
     return dataclasses.replace(bank, lora=lora, edit=edit, reward=reward)
 
 
-def at_strength(bank: Bank, strength: float) -> tuple[tuple[float, ...], float | None]:
-    """(gates of a row, logit dial) that set a whole bank to one strength, any real number: 0 is the base, 1 the trained adapter.
+def at_strength(bank: Bank, *strengths: float) -> tuple[tuple[float, ...], float | None]:
+    """(gates of a row, logit dial) that set each gate column of a bank to its strength: 0 is the base, 1 the trained adapter.
 
-    In the weights where that is defined everywhere; in the logits for banks with a soft prompt, whose gate has a logarithm.
+    In the weights where that is defined everywhere, any real number; in the logits for one column with a soft prompt, whose gate has
+    a logarithm. Raises MeetjaxError for another number of strengths: what was trained apart (MEET's bad and good control) was
+    never meant to act at once.
     """
-    if bank.prompt is not None:
-        return (1.0,) * columns(bank), strength
-    return (strength,) * columns(bank), None
+    if len(strengths) != columns(bank):
+        fix = f"0 for all but one of them, such as {' '.join(['0'] * (columns(bank) - 1))} 1"
+        raise MeetjaxError("strength", expected=f"{columns(bank)}, one for each gate column of the adapter", found=len(strengths), fix=fix)
+    if bank.prompt is not None and len(strengths) == 1:
+        return (1.0,), strengths[0]
+    return strengths, None
+
+
+def apart(bank: Bank) -> list[Bank]:
+    """A bank of one gate column for each column of this one, in their order."""
+    return [_column(bank, column) for column in range(columns(bank))]
+
+
+def _column(bank: Bank, column: int) -> Bank:
+    fields = {}
+    for kind in kinds(bank):
+        tree = getattr(bank, kind)
+        own = [i for i, c in enumerate(tree.entries) if c == column]
+        if own:
+            taken = jax.tree.map(lambda leaf, kind=kind, own=own: jnp.take(leaf, jnp.asarray(own), entry_axis(kind)), tree)
+            fields[kind] = dataclasses.replace(taken, entries=(0,) * len(own))
+    return Bank(**fields)
 
 
 def stack(banks: Sequence[Bank]) -> Bank:

@@ -26,8 +26,8 @@ class IdentitySpec:
 
 
 def init_identity(config: ModelConfig, params: Params, spec: IdentitySpec, entries: int = 1) -> Identity:
-    """Leaves [blocks, E, ...] float32 copied from block `spec.layer`, integers as what they mean, with W_o = W_down = 0, so that
-    phi(h) = h exactly.
+    """Leaves [blocks, E, ...] float32 copied from block `spec.layer`, integers as what they mean, with W_o = W_down = 0 and
+    their biases, so that phi(h) = h exactly.
     """
     if spec.blocks < 1:
         raise MeetjaxError("identity: blocks", expected=">= 1", found=spec.blocks)
@@ -36,7 +36,7 @@ def init_identity(config: ModelConfig, params: Params, spec: IdentitySpec, entri
     block = {}
     for name in sites.block_sites(config):
         leaf = plain(jax.tree.map(lambda x: x[spec.layer], params["blocks"][name])).astype(jnp.float32)
-        if name in ("o", "down"):
+        if name in ("o", "down", "o_bias", "down_bias"):
             leaf = jnp.zeros_like(leaf)
         block[name] = jnp.broadcast_to(leaf, (spec.blocks, entries, *leaf.shape)).copy()
     return Identity(block)

@@ -109,9 +109,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         complete = manifest["format"] == FORMAT and {"base", "fingerprint", "kinds"} <= set(manifest)
-    except FileNotFoundError:
-        raise MeetjaxError(f"{path}: no such file", expected="an adapter folder", fix="give the folder that holds manifest.json") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except OSError as error:
+        what = "no such file" if isinstance(error, FileNotFoundError | NotADirectoryError) else f"cannot be read ({error.strerror})"
+        raise MeetjaxError(f"{path}: {what}", expected="an adapter folder", fix="give the folder that holds manifest.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise MeetjaxError(f"{path}: not a manifest", found=error) from None
     if not complete or not set(manifest["kinds"]) <= set(KINDS):
         raise MeetjaxError(f"{path}: not a manifest of this version", expected=f"format {FORMAT}", found=manifest["format"])

@@ -168,8 +168,9 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text())
         settings.items()
-    except FileNotFoundError:
-        raise MeetjaxError(f"{path}: no such file", expected="a PEFT adapter folder") from None
+    except OSError as error:
+        what = "no such file" if isinstance(error, FileNotFoundError | NotADirectoryError) else f"cannot be read ({error.strerror})"
+        raise MeetjaxError(f"{path}: {what}", expected="a PEFT adapter folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise MeetjaxError(f"{path}: not a PEFT config", found=error) from None
     if settings.get("bias", "none") != "none":

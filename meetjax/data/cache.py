@@ -24,6 +24,7 @@ from meetjax.types import Tokenizer
 
 LEAST = 1000
 """Records from which on rows are kept: fewer are tokenised in the time that finding them takes."""
+UNREADABLE = OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile
 
 
 def cached_rows(
@@ -32,6 +33,7 @@ def cached_rows(
     max_length: int,
     template: Literal["auto", "chat", "none"] = "auto",
     markers: tuple[str, ...] = (),
+    whole: bool = False,
 ) -> tuple[Rows, Audit]:
     """`tokenize_records`, or what it returned when it was asked the same before.
 
@@ -39,8 +41,8 @@ def cached_rows(
     like `tokenize_records`, and when the cache folder cannot be used.
     """
     if len(records) < LEAST:
-        return tokenize_records(records, tokenizer, max_length, template, markers=markers)
-    settings = repr((max_length, template, markers, tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token))
+        return tokenize_records(records, tokenizer, max_length, template, markers=markers, whole=whole)
+    settings = repr((max_length, template, markers, whole, tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token))
     digest = hashlib.sha256("\n".join([_code(), settings, tokenizer.backend_tokenizer.to_str()]).encode())
     for record in records:
         digest.update(repr(record).encode(errors="surrogatepass"))
@@ -48,17 +50,24 @@ def cached_rows(
     try:
         if file.exists():
             return _read(file)
-        rows, audit = tokenize_records(records, tokenizer, max_length, template, markers=markers)
+    except UNREADABLE as error:
+        raise _unusable(file, error) from error
+    rows, audit = tokenize_records(records, tokenizer, max_length, template, markers=markers, whole=whole)
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.partial")
         with open(partial, "wb") as out:
             columns: dict[str, Any] = {name: column for name, column in vars(rows).items() if isinstance(column, np.ndarray)}
             np.savez(out, audit=json.dumps(dataclasses.asdict(audit)), **columns)
         os.replace(partial, file)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        fix = "delete it, or set MEETJAX_CACHE to a folder that can be written"
-        raise MeetjaxError(f"{file}", expected="token rows that can be read and written", found=error, fix=fix) from error
+    except OSError as error:
+        raise _unusable(file, error) from error
     return rows, audit
+
+
+def _unusable(file: Path, error: Exception) -> MeetjaxError:
+    fix = "delete it, or set MEETJAX_CACHE to a folder that can be written"
+    return MeetjaxError(f"{file}", expected="token rows that can be read and written", found=error, fix=fix)
 
 
 def _read(file: Path) -> tuple[Rows, Audit]:

@@ -19,6 +19,9 @@ from meetjax.types import Tokenizer
 
 CHUNK = 1024  # records handed to the tokenizer at once; it works on their texts in parallel
 
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can say it, UTF-8 and tokenizers cannot
+
+BROKEN = "half a character (a lone surrogate)"
 REFUSED = "the chat template refuses the prompt"
 NO_CONTEXT = "no prompt token before the answer"
 TOO_LONG = "an answer does not fit within max_length"
@@ -75,15 +78,17 @@ def tokenize_records(
     template: Literal["auto", "chat", "none"] = "auto",
     progress: Callable[[int, int], None] | None = None,
     markers: tuple[str, ...] = (),
+    whole: bool = False,
 ) -> tuple[Rows, Audit]:
     """Tokenises all records with a fast tokenizer; returns the rows and the audit of what was cut and left out.
 
     A token belongs to the answer if it ends after the prompt's last character. EOS is appended and learned. No other special
     token is added, but a BOS where the tokenizer adds one itself and the text does not begin with it. Where an answer
     is longer than `max_length` tokens, the start of the prompt (after BOS) is cut by the same number of tokens for all
-    answers of the record; the record is left out when that would leave no prompt token. `progress(done, total)` is called
-    after every chunk of records. `markers`: text between prompt and answer, not learned, by the class of labelled records; other
-    records take the only one. Stats: `tokens` (all rows), `distinct tokens` (an equal prompt counted once a record).
+    answers of the record; the record is left out when that would leave no prompt token, or when `whole` says that the start counts
+    (it always does for instructed records). `progress(done, total)` is called after every chunk of records. `markers`: text
+    between prompt and answer, not learned, by the class of labelled records; other records take the only one. Stats: `tokens`
+    (all rows), `distinct tokens` (an equal prompt counted once a record).
     Raises MeetjaxError for no records, records of two forms, a slow tokenizer, one without EOS, an unfit template, a `max_length`
     below 3, and when no record is left.
     """
@@ -103,6 +108,9 @@ def tokenize_records(
                 continue
             try:
                 texts = [render_prompt(tokenizer, prompt, template) + _marker(record, markers) for prompt in prompts(record)]
+                if any(map(HALF.search, [*texts, *answers(record)])):
+                    tally(excluded, BROKEN, record.where)
+                    continue
                 rendered.append((index, record, texts if len(texts) > 1 else texts * len(answers(record))))
             except TemplateRefusal:
                 tally(excluded, REFUSED, record.where)
@@ -116,7 +124,7 @@ def tokenize_records(
                 _ids_and_start(known[text[: cuts[text]]], next(encoded), len(text) - cuts[text], bos, tokenizer.eos_token_id)
                 for text in texts
             ]
-            row, reason, remarks = _fit(sides, tokenizer.bos_token_id, special, max_length, isinstance(record, Instructed))
+            row, reason, remarks = _fit(sides, tokenizer.bos_token_id, special, max_length, isinstance(record, Instructed), whole)
             for remark in remarks:
                 tally(noted, remark, record.where)
             if row is None:
@@ -217,7 +225,7 @@ def _ids_and_start(front: list[int], encoding: Any, boundary: int, bos: int | No
 
 
 def _fit(
-    sides: list[tuple[np.ndarray, int, bool]], bos: int | None, special: set[int], max_length: int, instructed: bool
+    sides: list[tuple[np.ndarray, int, bool]], bos: int | None, special: set[int], max_length: int, instructed: bool, whole: bool
 ) -> tuple[tuple[list[np.ndarray], list[int]] | None, str, list[str]]:
     """(ids and starts cut to `max_length` or None, reason for None, remarks on a kept row)."""
     ids, starts = [side[0] for side in sides], [side[1] for side in sides]
@@ -229,7 +237,7 @@ def _fit(
     over = max(len(tokens) for tokens in ids) - max_length
     if over > 0:
         front = int(all(tokens[0] == bos for tokens in ids))  # whether the tokenizer or the template put it there
-        if instructed or min(starts) - over < front + 1:  # the start of an instructed prompt is the instruction
+        if instructed or whole or min(starts) - over < front + 1:  # the start of an instructed prompt is the instruction
             return None, TOO_LONG, []
         ids = [np.concatenate([tokens[:front], tokens[front + over :]]) for tokens in ids]
         starts = [start - over for start in starts]

@@ -14,7 +14,7 @@ from meetjax.data.records import Prompt
 from meetjax.data.tokenize import make_rows
 from meetjax.evaluate.curves import answer_positions, compare, forward
 from meetjax.evaluate.intervals import bootstrap_mean
-from meetjax.generate.requests import Request, generate_texts
+from meetjax.generate.requests import Request, Template, generate_texts
 from meetjax.generate.sampling import Sampling
 from meetjax.models.load import Model
 
@@ -27,6 +27,7 @@ def drift(
     *,
     gates: tuple[float, ...] | None = None,
     marker: str = "",
+    template: Template = "auto",
     max_new_tokens: int = 128,
     batch_size: int = 50,
     seed: int = 0,
@@ -38,7 +39,7 @@ def drift(
     """
     sampling = Sampling(temperature=1.0)
     requests = [Request(prompt, gates=gates, marker=marker, sampling=sampling, seed=seed + i) for i, prompt in enumerate(prompts)]
-    answers = generate_texts(model, requests, adapters=bank, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    answers = generate_texts(model, requests, adapters=bank, max_new_tokens=max_new_tokens, batch_size=batch_size, template=template)
     rows = make_rows([(i, [np.array([*answer.prompt, *answer.ids], np.int32)], [len(answer.prompt)]) for i, answer in enumerate(answers)])
     if gates is not None:
         rows = dataclasses.replace(rows, gates=np.tile(np.asarray(gates, np.float32), (len(rows), 1)))

@@ -104,9 +104,10 @@ def _rows_at_once(tokens: int, batch_size: int) -> int:
 def encode_prompt(tokenizer: Any, prompt: Prompt, template: Template = "auto", marker: str = "") -> list[int]:
     """The tokens before an answer: the rendered prompt and the marker, behind BOS where the tokenizer adds one.
 
+    A blank at the end of a marker is part of the answer's first token, as it is in training, so it is left for the model to say.
     Raises MeetjaxError where there is no token, or no chat template for a conversation.
     """
-    ids = list(tokenizer(render_prompt(tokenizer, prompt, template) + marker, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(render_prompt(tokenizer, prompt, template) + marker.rstrip(" "), add_special_tokens=False)["input_ids"])
     bos = added_bos(tokenizer)
     if bos is not None and ids[:1] != [bos]:
         ids.insert(0, bos)

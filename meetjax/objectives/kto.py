@@ -41,6 +41,7 @@ class _Judged:
     bad_weight: float = not_negative(1.0)
     form: ClassVar[Literal["labelled"]] = "labelled"
     needs_reference: ClassVar[bool] = True
+    classes: ClassVar[int] = 2
 
     def _outcome(self, logps: Float[Array, "B C"], batch: Batch, z0: Array | float) -> Outcome:
         """The normaliser of the loss is the number of real rows, that of a metric the number of real rows of its class."""

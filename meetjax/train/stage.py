@@ -183,6 +183,7 @@ def check_recipe(recipe: Recipe) -> None:
         ("data.max_length", data.max_length, data.max_length >= 8, ">= 8"),
         ("data.columns", data.columns, len(data.columns) in (0, 2), "names of prompt and completion, or ()"),
         ("data.limit", data.limit or 0, data.limit is None or data.limit >= 1, ">= 1"),
+        ("data.gap", data.gap, data.gap >= 0, ">= 0"),
         ("data.buckets", data.buckets, _ascending(data.buckets), "ascending lengths, or () for the best"),
         ("evaluation.prompts", recipe.evaluation.prompts, 0 <= recipe.evaluation.prompts <= data.held_out, "0 to data.held_out"),
         ("evaluation.max_new_tokens", recipe.evaluation.max_new_tokens, recipe.evaluation.max_new_tokens >= 1, ">= 1"),
@@ -209,8 +210,10 @@ def check_recipe(recipe: Recipe) -> None:
             raise MeetjaxError(
                 f"recipe: stages.{i}.trains", expected=f"what {name} reads", found="RewardSpec(), which gets no gradient from it"
             )
-        optim, where = stage.optim, f"stages.{i}.optim"
+        optim, where, view = stage.optim, f"stages.{i}.optim", stage.view
         bounds += [
+            (f"stages.{i}.view.controls", view.controls, view.controls >= 0, ">= 0"),
+            (f"stages.{i}.view.gates", view.gates, len(set(map(len, view.gates))) <= 1, "as many for every class"),
             (f"{where}.learning_rate", optim.learning_rate, optim.learning_rate > 0, "> 0"),
             (f"{where}.base_learning_rate", optim.base_learning_rate, optim.base_learning_rate >= 0, ">= 0"),
             (f"{where}.warmup", optim.warmup, 0 <= optim.warmup <= 1, "a fraction, 0 to 1"),

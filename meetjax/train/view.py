@@ -58,9 +58,13 @@ def read_rows(data: Data, stage: Stage, tokenizer: Any, console: Console) -> Spl
         records = [record for record in records if record.label in stage.view.keep]
     if asks := getattr(stage.objective, "asks", ()):
         records = instructed(records, asks, stage.view.instructions)
-    rows, made = _tokenized(records, data, tokenizer, stage.view.markers)
+    rows, made = _tokenized(records, data, tokenizer, stage.view)
     if asks:  # prompts that differ from their first tokens on
         rows = dataclasses.replace(rows, shared_prompt=False)
+    told = getattr(stage.objective, "classes", None)
+    if told is not None and rows.classes is not None and not 0 <= rows.classes.min() <= rows.classes.max() < told:
+        found = f"{rows.classes.min()} to {rows.classes.max()}"
+        raise MeetjaxError("data: classes", expected=f"0 to {told - 1}, those of {type(stage.objective).__name__}", found=found)
     rows = _gated(rows, stage.view)
     if form == "edited":
         rows = with_edit_weights(rows)
@@ -74,11 +78,11 @@ def read_rows(data: Data, stage: Stage, tokenizer: Any, console: Console) -> Spl
     if goal:
         held_out = [dataclasses.replace(pair, prompt=with_request(pair.prompt, goal(best))) for pair in held_out]
     pairs, bad = isinstance(held_out[0], Pair), None
-    good, audit = _tokenized(held_out, data, tokenizer, stage.view.markers, GOOD if pairs else None)
+    good, audit = _tokenized(held_out, data, tokenizer, stage.view, GOOD if pairs else None)
     good = _gated(good, stage.view, GOOD if pairs else None)
     console.print(render_table(audit, "held out"))
     if pairs and _classes_told(stage.view, rows):
-        bad = _gated(_tokenized(held_out, data, tokenizer, stage.view.markers, BAD)[0], stage.view, BAD)
+        bad = _gated(_tokenized(held_out, data, tokenizer, stage.view, BAD)[0], stage.view, BAD)
     return Split(rows, good, bad, held_out, data.buckets or choose_buckets(rows, good, *([bad] if bad else [])))
 
 
@@ -105,10 +109,10 @@ def check_columns(bank: Bank, rows: Rows, where: str) -> None:
         raise MeetjaxError(f"recipe: {where}.view", expected=expected, found="none: every row would open all of them")
 
 
-def _tokenized(records: list[Any], data: Data, tokenizer: Any, markers: tuple[str, ...], label: int | None = None) -> tuple[Rows, Audit]:
-    """Rows and audit; with a label, all records stand under that class's marker."""
-    own = markers if label is None or len(markers) < 2 else (markers[label],)
-    rows, made = cached_rows(records, tokenizer, data.max_length, data.template, own)
+def _tokenized(records: list[Any], data: Data, tokenizer: Any, view: View, label: int | None = None) -> tuple[Rows, Audit]:
+    """Rows and audit; with a label, all records stand under that class's marker. A prompt that asks for a score is never cut."""
+    own = view.markers if label is None or len(view.markers) < 2 else (view.markers[label],)
+    rows, made = cached_rows(records, tokenizer, data.max_length, data.template, own, whole=bool(view.goal))
     return dataclasses.replace(rows, shared_prompt=data.shared_prompt), made
 
 
