@@ -3,7 +3,8 @@
     meetjax align experiments/ra_dpo.py --set data.path=ULTRAFEEDBACK.jsonl.gz --set data.split=none
 
 ULTRAFEEDBACK.jsonl.gz has prompt, chosen, rejected, score_chosen and score_rejected; the default reads them from the hub. Zhang et al.
-(2024), arXiv 2410.08067: N scored pairs become 2N. The wording of the request is ours. Held-out pairs ask for the highest score.
+(2024), arXiv 2410.08067: N scored pairs become 2N. The wording of the request is ours. Held-out pairs ask for the highest score. The
+paper trains the whole model at beta .01; a LoRA at .1 is our choice, and prompts too long for their request are left out.
 
 Seen: does not agree, and hardly could. After 60 steps of 4 on 1,000 rows of UltraFeedback (answers of at most 384 tokens with their
 prompts) .464 (.340 to .593) of the 56 held-out pairs that fit are ordered as their scores, no more than by length (.554), and the model

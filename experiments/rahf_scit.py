@@ -5,7 +5,9 @@
 HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. Liu et
 al. (2023), arXiv 2312.15997. Step 1 tunes a LoRA where the paper tunes the whole model (`trains=("base",)` does), with the
 paper's formula and not the released misalignment; instructions in our words. Step 2 matches every second block from 0.31 to
-0.56 of the depth.
+0.56 of the depth. Other departures: no SFT before step 1, since the base is an instruct model; both answers are fitted, not one by a
+fair coin; and what is too long behind an instruction is left out, since the cut would take the instruction. The LoRA is made in all
+blocks; those behind the last tap get no gradient, stay at zero and are counted as trained.
 
 Seen: does not agree on HH, where .497 and .469 are nothing against .646 of DPO's LoRA, with 200 steps of 4 a stage; the released code
 takes 450 of 64. On the concise set it depends on alpha, as the paper says: .31, .44, .82 and .98 at 1, 2, 5 and 10, for little more

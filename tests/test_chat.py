@@ -36,6 +36,18 @@ def chat(model, folders):
     return Chat(model, folders, sampling=Sampling(), seed=0, max_new_tokens=NEW)
 
 
+def test_controls_stand_apart_and_the_last_one_is_on(model, tmp_path):
+    """MEET's bad and good control never act at once unless asked to."""
+    bank = random_bank(model.config, ("prompt",))
+    chat = Chat(
+        model, {"meet": save_adapters(tmp_path / "meet", bank, base="tiny", fingerprint=model.fingerprint)},
+        sampling=Sampling(), seed=0, max_new_tokens=NEW,
+    )  # fmt: skip
+    assert chat.strengths == {"meet.0": 0.0, "meet.1": 1.0}
+    request = Request((Message("user", "hello"),), gates=(0.0, 1.0))
+    assert "".join(chat.answer("hello")) == generate_texts(model, [request], adapters=bank, max_new_tokens=NEW)[0].text
+
+
 def say(chat, *lines):
     """What `talk` prints for these lines, from the greeting on."""
     told, given = io.StringIO(), iter(lines)

@@ -147,6 +147,14 @@ def test_strengths_that_cannot_be_fixed_are_refused(model, model_folder, saved, 
         assert told in message
 
 
+def test_controls_are_exported_one_by_one(model, model_folder, saved, tmp_path):
+    """No file holds the sum of a bad control and a good one because nobody said which."""
+    adapter = saved(random_bank(model.config, ("lora",)))
+    for strengths in ((), (1.0,)):
+        message = error_of(lambda strengths=strengths: export_adapter(adapter, "merged", tmp_path / "out", str(model_folder), strengths))
+        assert "export: --strength; expected one for each of 2 gate columns; found 1" in message
+
+
 def test_other_logits_leave_nothing_behind(model, model_folder, saved, tmp_path, monkeypatch):
     """A reader that computes the base model: over the tolerance."""
 

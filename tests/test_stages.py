@@ -23,7 +23,10 @@ from meetjax.adapters.prompt import PromptSpec
 from meetjax.adapters.reward import RewardSpec
 from meetjax.adapters.tree import count_parameters
 from meetjax.align import align
+from meetjax.data.records import Pair
+from meetjax.data.tokenize import tokenize_records
 from meetjax.errors import MeetjaxError
+from meetjax.evaluate.curves import dial_curve
 from meetjax.evaluate.preference import row_rewards
 from meetjax.models.load import load
 from meetjax.objectives.figa import Figa
@@ -144,6 +147,15 @@ def test_scit_learns_instructions_then_does_without(run):
     assert fitted[-1]["loss"] < fitted[0]["loss"] == pytest.approx(fitted[0]["direction"], rel=1e-4)
 
 
+def test_reward_rises_along_the_dial_of_an_identity_block(run, model):
+    """CLM's law on a task that it has learned: with every step of lambda from 0 to 1 the margin grows."""
+    out, _ = run(Stage((IdentitySpec(),), Dpo(), Optim(1e-3)))
+    bank = load_adapters(out / "adapters", model.fingerprint)
+    rows, _ = tokenize_records([Pair(f"{n} cat?", "the mat", "a cat on the mat", f"f:{n}") for n in range(3)], model.tokenizer, 64)
+    curve = dial_curve(model.config, model.params, bank, rows, (64,), (0.0, 0.25, 0.5, 0.75, 1.0), batch_size=2)
+    assert np.all(np.diff([point["reward_margin"] for point in curve]) > 1e-3)
+
+
 def test_kto_runs_on_pairs(run):
     out, _ = run(Stage((LORA,), Kto(), Optim(1e-2)))
     rows = read_metrics(out / "stage-0")
@@ -185,6 +197,11 @@ def test_what_stages_cannot_be_is_told_before_the_first_trains(run, monkeypatch)
         ((TEACHERS, Stage((IdentitySpec(layer=9),), Dpo())), "identity: layer; expected -2 to 1; found 9"),
         ((Stage((LORA,), Rahf((1,))),), r"view\.instructions; expected two texts"),
         ((Stage((LORA,), ConditionalSft(), Optim(), View(controls=2, keep=(2,))),), "view.keep; expected classes among 0, 1; found 2"),
+        ((Stage((LORA,), Rahf((1,), asks=("plain",), looks=((0, ()),) * 2)),), "looks; expected three: h, h_good and h_bad; found 2"),
+        ((Stage((LORA,), Rahf((1,), asks=("plain",))),), "looks; expected prompts 0 to 0, those of asks; found 1"),
+        ((Stage((LORA,), Rahf((1,), asks=("plain",), looks=((0, ()), (0, ()), (0, (1.0,))))),), "looks; expected adapters that this stage"),
+        ((Stage((LORA,), ConditionalSft(), Optim(), View(controls=-1)),), r"view\.controls; expected >= 0; found -1"),
+        ((Stage((LORA,), ConditionalSft(), Optim(), View(gates=((1.0,), (1.0, 0.0)))),), r"view\.gates; expected as many for every class"),
     ]:
         with pytest.raises(MeetjaxError, match=message):
             run(*stages)

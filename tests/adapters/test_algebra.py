@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meetjax.adapters.algebra import fold, merge, mix, scale, stack
+from meetjax.adapters.algebra import apart, at_strength, fold, merge, mix, scale, stack
 from meetjax.adapters.tree import KINDS, Bank, columns
 from meetjax.errors import MeetjaxError
 from meetjax.models.layers import head_rewards
@@ -190,6 +190,26 @@ def test_folded_equals_gated(base, kinds, gates):
     assert columns(folded) == 1
     assert_close(quick_forward(config, params, TOKENS, folded), quick_forward(config, params, TOKENS, bank, every_row(gates)))
     assert folded.prompt is None or folded.prompt.vectors.shape[:2] == (1, 3)
+
+
+def test_columns_apart_are_the_bank_under_one_gate(base):
+    config, params, _ = base
+    bank = random_bank(config)
+    for column, own in enumerate(apart(bank)):
+        gates = every_row(np.eye(columns(bank))[column])
+        assert columns(own) == 1
+        assert_close(quick_forward(config, params, TOKENS, own), quick_forward(config, params, TOKENS, bank, gates))
+
+
+def test_each_column_has_its_own_strength(base):
+    config, _, _ = base
+    for kind in ("prompt", "lora"):
+        two, (_, one) = random_bank(config, (kind,)), apart(random_bank(config, (kind,)))
+        assert at_strength(two, 0.0, 1.0) == ((0.0, 1.0), None)
+        assert at_strength(one, 0.5) == (((1.0,), 0.5) if kind == "prompt" else ((0.5,), None))
+        assert "expected 2, one for each gate column of the adapter; found 1; 0 for all but one" in error_of(
+            lambda two=two: at_strength(two, 1.0)
+        )
 
 
 def test_what_has_no_single_adapter_is_not_folded(base):

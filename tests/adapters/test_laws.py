@@ -14,7 +14,7 @@ from meetjax.adapters.edit import EditSpec
 from meetjax.adapters.identity import IdentitySpec, init_identity
 from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.prompt import PromptSpec, init_prompt
-from meetjax.adapters.tree import Bank, Prompt, check_gates, columns, flatten
+from meetjax.adapters.tree import Bank, EditSite, Prompt, check_gates, columns, flatten
 from meetjax.errors import MeetjaxError
 from meetjax.models import layers, sites
 from meetjax.models.attention import make_attend
@@ -27,6 +27,7 @@ from tests.conftest import (
     LENGTH,
     MOVING,
     ROUNDING,
+    TINY,
     TOKENS,
     VARIANTS,
     apart,
@@ -171,15 +172,27 @@ def test_prompt_gate_weighs_attention(base):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_identity_block_is_identity(variant, dtype):
-    """phi(h) = h elementwise for hidden states of any size."""
-    config, params = variant
+@pytest.mark.parametrize("name", [*sorted(VARIANTS), "biased"])
+def test_identity_block_is_identity(name, dtype):
+    """phi(h) = h elementwise for hidden states of any size, on whatever linear sites the base has biases."""
+    config = VARIANTS.get(name) or dataclasses.replace(TINY, biases=("down", "k", "o", "q", "v"))
+    params = random_params(config)
     block = {name: leaf[0, 0] for name, leaf in init_identity(config, params, IdentitySpec()).block.items()}
     h = jnp.asarray(100 * np.random.default_rng(0).normal(size=(BATCH, LENGTH, config.width)), dtype)
     attend = make_attend(make_layout(config, text_rows(config, jnp.asarray(TOKENS))))
     gates = layers.Gates(None, None)
     run = jax.jit(lambda h: layers.block(config, block, h, None, None, gates, attend)[0])
     np.testing.assert_array_equal(np.asarray(run(h)), np.asarray(h))
+
+
+def test_ffn_that_is_edited_away_adds_nothing(base):
+    """RED stands in front of the residual sum: scale and bias 0 on `down` are a model whose FFNs say nothing, attention untouched."""
+    config, params, _ = base
+    bank = random_bank(config, ("edit",), entries=(0,), editable=("down",))
+    site = bank.edit.down
+    off = Bank(edit=dataclasses.replace(bank.edit, down=EditSite(-jnp.ones_like(site.s), jnp.zeros_like(site.t))))
+    silent = params | {"blocks": params["blocks"] | {"down": jnp.zeros_like(params["blocks"]["down"])}}
+    assert_close(quick_forward(config, params, TOKENS, off), quick_forward(config, silent, TOKENS))
 
 
 @pytest.mark.parametrize("layer", [0, 1, -1])

@@ -66,6 +66,11 @@ def test_few_records_are_not_kept(tokenizer, tokenised, tmp_path):
     assert tokenised == [1, 1] and not (tmp_path / "rows").exists()
 
 
+def test_bad_records_are_no_fault_of_the_cache(tokenizer, tokenised):
+    with pytest.raises(MeetjaxError, match="tokenize: markers; expected one for each class"):
+        cached_rows(RECORDS, tokenizer, 64, markers=("a", "b"))
+
+
 def test_a_broken_entry_is_named(tokenizer, tokenised, tmp_path):
     cached_rows(RECORDS, tokenizer, 64)
     (file,) = (tmp_path / "rows").iterdir()

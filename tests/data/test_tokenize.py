@@ -12,10 +12,11 @@ from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from meetjax.data.records import Completion, Message, Pair, answers
+from meetjax.data.records import Completion, Instructed, Message, Pair, answers
 from meetjax.data.template import render_prompt
-from meetjax.data.tokenize import answer_ids, distinct_tokens, laid_lengths, tokenize_records
+from meetjax.data.tokenize import DEPENDS, TOO_LONG, answer_ids, distinct_tokens, laid_lengths, tokenize_records
 from meetjax.errors import MeetjaxError
+from meetjax.generate.requests import encode_prompt
 from tests.conftest import CHAT
 
 LONG = 10_000
@@ -102,6 +103,13 @@ def test_a_token_across_the_boundary_belongs_to_the_answer(plain_tokenizer):
     assert distinct_tokens(rows) == rows.lengths.sum() - rows.common[0] == laid_lengths(rows).sum()
 
 
+def test_a_marker_is_followed_by_what_training_lets_it_be_followed_by(plain_tokenizer):
+    """A blank at its end is in the answer's first token there, so here it is for the model to say."""
+    rows, _ = tokenize_records([Completion("the dog", "cat", "f:1")], plain_tokenizer, 40, markers=("good: ",))
+    context = rows.ids[: rows.starts[0, 0]].tolist()
+    assert encode_prompt(plain_tokenizer, "the dog", marker="good: ") == context == plain_tokenizer("the doggood:").input_ids
+
+
 @pytest.mark.parametrize("prompt", ["the cat", "<s>the cat"])
 def test_one_bos_never_two(bos_tokenizer, bos_chat_tokenizer, plain_tokenizer, prompt):
     bos = bos_tokenizer.bos_token_id
@@ -161,6 +169,7 @@ def test_rows_left_out_are_counted_by_reason(tokenizer, plain_tokenizer):
         Pair((Message("user", "a"), Message("user", "b")), "yes", "no", "f:2"),
         Pair(asked, "yes", "no " * 50, "f:3"),
         Pair(asked, "yes", "no<|end|>", "f:4"),
+        Pair(asked, "yes", "half \ud83d", "f:5"),
     ]
     rows, audit = tokenize_records(records, tokenizer, 40)
     assert rows.records.tolist() == [3]
@@ -168,10 +177,27 @@ def test_rows_left_out_are_counted_by_reason(tokenizer, plain_tokenizer):
         "empty answer": (1, "f:1"),
         "the chat template refuses the prompt": (1, "f:2"),
         "an answer does not fit within max_length": (1, "f:3"),
+        "half a character (a lone surrogate)": (1, "f:5"),
     }
     assert {reason: f.where for reason, f in audit.noted.items()} == {"an answer spells a special token": "f:4"}
     _, audit = tokenize_records([Completion("", "a", "f:1"), Completion("q", "a", "f:2")], plain_tokenizer, 40)
     assert {reason: f.where for reason, f in audit.excluded.items()} == {"no prompt token before the answer": "f:1"}
+
+
+def test_a_prompt_that_counts_as_a_whole_is_never_cut(tokenizer):
+    long, short = (Pair((Message("user", "the goal " + "cat " * n),), "yes", "no", f"f:{n}") for n in (60, 1))
+    rows, audit = tokenize_records([long, short], tokenizer, 40, whole=True)
+    assert rows.records.tolist() == [1] and {r: f.where for r, f in audit.excluded.items()} == {TOO_LONG: "f:60"}
+    assert tokenize_records([long, short], tokenizer, 40)[0].records.tolist() == [0, 1]
+
+
+def test_an_answer_whose_tokens_depend_on_the_instruction_is_left_out(plain_tokenizer):
+    """RAHF compares states token by token, so an answer has to be the same tokens behind every prompt."""
+    asked = [Instructed((first, "the mat s"), "he cat", 1, f"f:{first}") for first in ("the mat t", "the mat x")]
+    rows, audit = tokenize_records(asked, plain_tokenizer, LONG)
+    assert rows.records.tolist() == [1] and {r: f.where for r, f in audit.excluded.items()} == {DEPENDS: "f:the mat t"}
+    whole = [answer_ids(rows, 0, c)[rows.starts[0, c] :].tolist() for c in range(2)]
+    assert whole[0] == whole[1]
 
 
 def test_hashes_name_the_content(tokenizer):

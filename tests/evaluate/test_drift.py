@@ -23,6 +23,13 @@ def test_base_has_not_moved(model):
     assert closed == found
 
 
+def test_drift_asks_as_the_recipe_does(model):
+    """Without the template the same prompts are other texts, and so are the answers."""
+    bank = random_bank(model.config, ("lora",), entries=(0,))
+    chat, plain = (drift(model, model, bank, PROMPTS, template=template, max_new_tokens=8) for template in ("auto", "none"))
+    assert chat != plain
+
+
 def test_drift_is_the_divergence_along_the_answers(model):
     """Adapters, and a base of its own: the sum over each sampled answer, by dense softmax."""
     bank = random_bank(model.config, ("lora", "edit"), entries=(0,))

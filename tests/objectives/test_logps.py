@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from meetjax.models.decoder import apply
+from meetjax.models.decoder import apply, hidden_states
+from meetjax.models.layers import logits
 from meetjax.objectives.logps import answer_logps, answer_places
 from meetjax.types import Batch
 from tests.conftest import TINY, assert_close, random_bank, random_params
@@ -44,14 +47,30 @@ def test_answer_logps_equals_a_loop():
     gates = np.array([[0.5], [1.0]], np.float32)
     batch = Batch(batch.tokens, batch.starts, batch.ends, batch.weights, gates)
     found = np.asarray(scores(TINY, params, bank, batch))
-    logits = jax.jit(apply, static_argnums=0)
-    flat = logits(TINY, params, batch.tokens.reshape(4, -1), bank, np.repeat(gates, 2, axis=0))
+    flat = jax.jit(apply, static_argnums=0)(TINY, params, batch.tokens.reshape(4, -1), bank, np.repeat(gates, 2, axis=0))
     logps = np.asarray(jax.nn.log_softmax(flat, axis=-1)).reshape(2, 2, 11, VOCAB)
     for b in range(2):
         for c in range(2):
             places = range(batch.starts[b, c], batch.ends[b, c])
             expected = sum(logps[b, c, t - 1, batch.tokens[b, c, t]] for t in places)
             assert_close(found[b, c], expected, factor=len(places))
+
+
+def test_logps_are_float32_whatever_the_activations_are():
+    """Not sums in bfloat16, which have 8 bits: those of the same states in float32, to the rounding of the states alone."""
+    config, params, batch = dataclasses.replace(TINY, dtype="bfloat16"), random_params(TINY), make_batch()
+    narrow = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
+    found = scores(config, narrow, None, batch)
+    hidden = hidden_states(config, narrow, batch.tokens.reshape(4, -1)).astype("float32")
+    logps = np.asarray(jax.nn.log_softmax(logits(jax.tree.map(lambda leaf: leaf.astype("float32"), narrow), hidden))).reshape(
+        2, 2, 11, VOCAB
+    )
+    expected = [
+        [sum(logps[b, c, t - 1, batch.tokens[b, c, t]] for t in range(batch.starts[b, c], batch.ends[b, c])) for c in range(2)]
+        for b in range(2)
+    ]
+    assert found.dtype == np.float32
+    assert_close(found, np.array(expected), factor=11)
 
 
 @pytest.mark.parametrize("filler", [1, 2, 96])
