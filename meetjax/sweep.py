@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meetjax.adapters.algebra import at_strength
-from meetjax.adapters.tree import Bank
+from meetjax.adapters.tree import Bank, columns
 from meetjax.data.loader import choose_buckets, eval_batches
 from meetjax.data.tokenize import make_rows
 from meetjax.errors import MeetjaxError
@@ -68,6 +68,9 @@ def sweep_prompts(model: Model, bank: Bank, prompts: Sequence[str], strengths: S
     """
     if len(prompts) * len(strengths) > MOST:
         raise MeetjaxError("sweep: prompts x strengths", expected=f"at most {MOST}", found=len(prompts) * len(strengths))
+    if columns(bank) > 1:
+        fix = "export one of them as an adapter of its own, or set each with generate --strength"
+        raise MeetjaxError("sweep: gate columns of the adapter", expected="one, for one strength to set", found=columns(bank), fix=fix)
     asked = [(prompt, strength, *at_strength(bank, strength)) for prompt in prompts for strength in strengths]
     requests = [Request(prompt, gates=gates, dial=dial) for prompt, _, gates, dial in asked]
     answers = generate_texts(model, requests, adapters=bank, max_new_tokens=max_new_tokens, batch_size=len(requests))

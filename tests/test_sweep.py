@@ -89,8 +89,10 @@ def test_strengths_are_read():
             parse_strengths(wrong)
 
 
-def test_more_than_a_batch_is_refused(model):
+def test_what_one_batch_at_one_strength_cannot_be_is_refused(model):
     bank = random_bank(model.config, ("edit",), entries=(0,))
+    with pytest.raises(MeetjaxError, match="gate columns of the adapter; expected one, for one strength to set; found 2"):
+        sweep_prompts(model, random_bank(model.config, ("lora",)), ["hello"], (0.0, 1.0), 4)
     with pytest.raises(MeetjaxError, match=r"prompts x strengths; expected at most 128; found 129"):
         sweep_prompts(model, bank, ["a"] * 43, (0.0, 1.0, 2.0), NEW)
 
