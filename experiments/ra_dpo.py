@@ -9,7 +9,8 @@ paper trains the whole model at beta .01; a LoRA at .1 is our choice, and prompt
 Seen: does not agree, and hardly could. After 60 steps of 4 on 1,000 rows of UltraFeedback (answers of at most 384 tokens with their
 prompts) .464 (.340 to .593) of the 56 held-out pairs that fit are ordered as their scores, no more than by length (.554), and the model
 has not moved (0.2 nats an answer). The paper trains models of 7B and more on tens of thousands of pairs; two pairs a row with opposite
-preferences also cancel until a model reads the score that is asked for, and 240 of them are too few for that.
+preferences also cancel until a model reads the score that is asked for, and 240 of them are too few for that. In this run the start of
+long prompts, and with it the request, was still cut.
 """
 
 from meetjax.adapters.lora import LoraSpec
