@@ -6,11 +6,10 @@ ULTRAFEEDBACK.jsonl.gz has prompt, chosen, rejected, score_chosen and score_reje
 (2024), arXiv 2410.08067: N scored pairs become 2N. The wording of the request is ours. Held-out pairs ask for the highest score. The
 paper trains the whole model at beta .01; a LoRA at .1 is our choice, and prompts too long for their request are left out.
 
-Seen: does not agree, and hardly could. After 60 steps of 4 on 1,000 rows of UltraFeedback (answers of at most 384 tokens with their
-prompts) .464 (.340 to .593) of the 56 held-out pairs that fit are ordered as their scores, no more than by length (.554), and the model
-has not moved (0.2 nats an answer). The paper trains models of 7B and more on tens of thousands of pairs; two pairs a row with opposite
-preferences also cancel until a model reads the score that is asked for, and 240 of them are too few for that. In this run the start of
-long prompts, and with it the request, was still cut.
+Seen: does not agree, and hardly could. After 60 steps of 4 on the 267 rows of 1,000 of UltraFeedback whose answers fit 384 tokens with
+their prompts, .448 (.284 to .625) of the 29 held-out pairs that fit are ordered as their scores, by length .379, and the model has not
+moved (0.1 nats an answer). The paper trains models of 7B and more on tens of thousands of pairs; two pairs a row with opposite
+preferences also cancel until a model reads the score that is asked for, and 240 of them are too few for that.
 """
 
 from meetjax.adapters.lora import LoraSpec
