@@ -5,9 +5,8 @@
 HH.jsonl.gz is harmless-base/test.jsonl.gz of Anthropic/hh-rlhf; the default reads the larger train part from the hub. The
 markers are those of the released code, put in front of the answer; the loss leaves them out.
 
-Seen: agrees. On HH .503 (.459 to .547) against .578 with trained controls, on the concise set 31 tokens an answer against 24 at as much
-drift. Length and drift of the HH row were measured with the marker's last blank as a token of its own, which no row of training has;
-that made the concise set's answers 47 tokens long, and 31 without.
+Seen: agrees. On HH .501 (.457 to .545) against .578 with trained controls, on the concise set 31 tokens an answer against 24 at as much
+drift. With the marker's last blank as a token of its own in front of what is answered, which no row of training has, those were 47 tokens.
 """
 
 from meetjax.objectives.sft import ConditionalSft
