@@ -7,7 +7,7 @@ al. (2023), arXiv 2310.00819: stage 1 maximises the likelihood of each class und
 model and controls. The paper's settings are not public; all numbers here are our choice (at a rate of 1e-3 a prompt of this
 model stands still). Held-out accuracy is of the contrast: s under the good control less s under the bad one.
 
-Seen: agrees. On HH .578 (.534 to .621) and .568 under two seeds, ahead of positives only (.483), markers (.503), joint training (.545)
+Seen: agrees. On HH .578 (.534 to .621) and .568 under two seeds, ahead of positives only (.483), markers (.501), joint training (.545)
 and hard tokens (.552), though the nearest of them overlap, and level with stage 1 alone (.570). DPO's adapters reach .61 to .65 on fewer
 rows: likelihood pays for all of an answer's words alike. On the concise set the second stage shortens answers from 33 tokens
 (meet_stage1.py) to 24 at little more drift, as the paper's ablation says; accuracy cannot tell there, since all reach 1.000.

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import time
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,9 @@ def _moved(recipe: Recipe, model: Model, loaded: Model, bank: Bank, judged: Spli
     gates = None if rows.gates is None else tuple(rows.gates[good].tolist())
     marker = recipe.stages[-1].view.markers[-1] if recipe.stages[-1].view.markers else ""
     room = model.config.max_position - asked.max_new_tokens
-    prompts = [judged.records[n].prompt for n in rows.records]  # not those that tokenising left out
-    short = [p for p in prompts if len(encode_prompt(model.tokenizer, p, recipe.data.template, marker)) <= room][: asked.prompts]
+    prompts = (judged.records[n].prompt for n in rows.records)  # not those that tokenising left out
+    fitting = (p for p in prompts if len(encode_prompt(model.tokenizer, p, recipe.data.template, marker)) <= room)
+    short = list(islice(fitting, asked.prompts))
     if not short:
         raise MeetjaxError("evaluation.prompts", expected=f"a held-out prompt of at most {room} tokens", found="none")
     console.print(f"answering {len(short)} held-out prompts")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from meetjax.adapters.algebra import apart, stack
 from meetjax.adapters.io import load_adapters
-from meetjax.adapters.tree import Bank, check_gates, count_parameters, kinds
+from meetjax.adapters.tree import Bank, check_gates, column_names, count_parameters, kinds
 from meetjax.data.records import Message
 from meetjax.errors import MeetjaxError
 from meetjax.generate.requests import Request, stream_text
@@ -41,10 +41,10 @@ class Chat:
         self.banks: dict[str, Bank] = {}
         self.strengths: dict[str, float] = {}
         for name, folder in folders.items():
-            own = apart(load_adapters(folder, model.fingerprint))
-            for column, bank in enumerate(own):
-                called = name if len(own) == 1 else f"{name}.{column}"
-                self.banks[called], self.strengths[called] = bank, float(column == len(own) - 1)
+            bank = load_adapters(folder, model.fingerprint)
+            own = dict(zip(column_names(name, bank), apart(bank), strict=True))
+            self.banks |= own
+            self.strengths |= dict.fromkeys(own, 0.0) | dict.fromkeys([*own][-1:], 1.0)
         self.bank: Bank | None = stack(list(self.banks.values())) if self.banks else None
         self.dial: float | None = None
         self.system: str | None = None

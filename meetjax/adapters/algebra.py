@@ -54,9 +54,9 @@ def at_strength(bank: Bank, *strengths: float) -> tuple[tuple[float, ...], float
     a logarithm. Raises MeetjaxError for another number of strengths: what was trained apart (MEET's bad and good control) was
     never meant to act at once.
     """
-    if len(strengths) != columns(bank):
-        fix = f"0 for all but one of them, such as {' '.join(['0'] * (columns(bank) - 1))} 1"
-        raise MeetjaxError("strength", expected=f"{columns(bank)}, one for each gate column of the adapter", found=len(strengths), fix=fix)
+    if len(strengths) != (width := columns(bank)):
+        fix = f"0 for all but one of them, such as {' '.join(['0'] * (width - 1) + ['1'])}"
+        raise MeetjaxError("strength", expected=f"{width}, one for each gate column of the adapter", found=len(strengths), fix=fix)
     if bank.prompt is not None and len(strengths) == 1:
         return (1.0,), strengths[0]
     return strengths, None

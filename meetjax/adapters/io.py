@@ -103,6 +103,11 @@ def load_adapters(folder: str | Path, fingerprint: str | None = None) -> Bank:
     return bank
 
 
+def unread(error: OSError) -> str:
+    """What a file that cannot be opened suffers from."""
+    return "no such file" if isinstance(error, FileNotFoundError | NotADirectoryError) else f"cannot be read ({error.strerror})"
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of an adapter folder. Raises MeetjaxError when it is missing or not one of ours."""
     path = Path(folder) / MANIFEST
@@ -110,8 +115,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         complete = manifest["format"] == FORMAT and {"base", "fingerprint", "kinds"} <= set(manifest)
     except OSError as error:
-        what = "no such file" if isinstance(error, FileNotFoundError | NotADirectoryError) else f"cannot be read ({error.strerror})"
-        raise MeetjaxError(f"{path}: {what}", expected="an adapter folder", fix="give the folder that holds manifest.json") from None
+        fix = "give the folder that holds manifest.json"
+        raise MeetjaxError(f"{path}: {unread(error)}", expected="an adapter folder", fix=fix) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise MeetjaxError(f"{path}: not a manifest", found=error) from None
     if not complete or not set(manifest["kinds"]) <= set(KINDS):

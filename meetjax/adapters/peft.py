@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from meetjax.adapters.io import unread
 from meetjax.adapters.tree import Bank, Lora, LoraSite, Prompt
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
@@ -169,8 +170,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text())
         settings.items()
     except OSError as error:
-        what = "no such file" if isinstance(error, FileNotFoundError | NotADirectoryError) else f"cannot be read ({error.strerror})"
-        raise MeetjaxError(f"{path}: {what}", expected="a PEFT adapter folder") from None
+        raise MeetjaxError(f"{path}: {unread(error)}", expected="a PEFT adapter folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise MeetjaxError(f"{path}: not a PEFT config", found=error) from None
     if settings.get("bias", "none") != "none":

@@ -126,6 +126,12 @@ def columns(bank: Bank) -> int:
     return 1 + max((max(getattr(bank, kind).entries) for kind in kinds(bank)), default=-1)
 
 
+def column_names(name: str, bank: Bank) -> list[str]:
+    """What the gate columns of the adapter `name` are called: `name` where there is one, else `name.0`, `name.1`, ..."""
+    width = columns(bank)
+    return [name] if width == 1 else [f"{name}.{column}" for column in range(width)]
+
+
 def count_parameters(tree: Any) -> int:
     """Numbers stored in a tree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

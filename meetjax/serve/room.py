@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meetjax.adapters.tree import Bank, Edit, EditSite, Identity, Lora, LoraSite, columns, count_parameters, entry_axis, kinds
+from meetjax.adapters.tree import Bank, Edit, EditSite, Identity, Lora, LoraSite, column_names, count_parameters, entry_axis, kinds
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
 from meetjax.models.config import ModelConfig
@@ -138,8 +138,7 @@ class Shelf:
             raise MeetjaxError(
                 f"{folder}: nothing that moves the model", expected=" or ".join(COUNTS), found=" ".join(kinds(bank)) or "nothing"
             )
-        width = columns(bank)
-        names = [name] if width == 1 else [f"{name}.{column}" for column in range(width)]
+        names = column_names(name, bank)
         for own in names:
             if own in self.adapters:
                 raise MeetjaxError(f"adapter {own} is loaded already", fix="unload it first, or choose another name")
