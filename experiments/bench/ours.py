@@ -1,7 +1,7 @@
 """meetjax, told to train on given batches: `python ours.py FOLDER TASK DTYPE DATA SHAPE TOKENIZER BATCH`. TASK is dpo, sft or generate.
 
 SHAPE: `-` for SmolLM2-135M-Instruct, else a published shape (random weights) with the tokenizer of a folder (`-`: SmolLM2's). `prepare`
-writes to FOLDER what both sides start from: the model as a Hugging Face folder, the rows as token ids and a LoRA.
+writes to FOLDER what both sides start from: the model as a Hugging Face folder, the rows of TASK as token ids and a LoRA.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ TX = make_optimizer(STAGE.optim, 1000)
 STEP = make_step(CONFIG, STAGE, TX)
 
 
-def prepare() -> int:
-    """Writes the model, the rows and the LoRA; returns the number of rows."""
+def prepare() -> list[int]:
+    """Writes the model, the rows and the LoRA; returns tokens of each row's prompt and longest answer."""
     save_model(MODEL, FOLDER / "model")
     assert BANK.lora is not None
     save_file(lora_to_peft(BANK.lora), FOLDER / "lora.safetensors")
@@ -87,8 +87,8 @@ def prepare() -> int:
         starts = ROWS.starts[n]
         names = ("chosen_ids", "rejected_ids")[: len(ids)]
         rows.append({"prompt_ids": ids[0][: starts[0]]} | {name: own[start:] for name, own, start in zip(names, ids, starts, strict=True)})
-    (FOLDER / "rows.json").write_text(json.dumps(rows))
-    return len(rows)
+    (FOLDER / f"rows-{TASK}.json").write_text(json.dumps(rows))
+    return ROWS.lengths.max(axis=1).tolist()
 
 
 def epoch() -> list[list[int]]:

@@ -1,8 +1,8 @@
 """trl + peft + transformers, told to train on given batches: `python theirs.py FOLDER TASK DTYPE VARIANT`.
 
-FOLDER holds the model, `rows.json` (prompt and answers as token ids) and the LoRA to start from. TASK is dpo, sft or generate. VARIANT is a
-comma-separated set of: precompute (reference log-probabilities ahead of training), pure (weights in DTYPE and no autocast), halved (a
-batch in two parts, whose gradients add up).
+FOLDER holds the model, `rows-dpo.json` and `rows-sft.json` (prompt and answers as token ids) and the LoRA to start from. TASK is dpo, sft
+or generate. VARIANT is a comma-separated set of: precompute (reference log-probabilities ahead of training), pure (weights in DTYPE and
+no autocast), halved (a batch in two parts, whose gradients add up), checkpointed (activations of layers are recomputed, trl's default).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils.data import SequentialSampler
 from worker import serve
 
 FOLDER, TASK, DTYPE, VARIANT = Path(sys.argv[1]), sys.argv[2], sys.argv[3], set(sys.argv[4].split(","))
-ROWS = json.loads((FOLDER / "rows.json").read_text())
+ROWS = json.loads((FOLDER / f"rows-{'sft' if TASK == 'sft' else 'dpo'}.json").read_text())
 BF16, CUDA = DTYPE == "bfloat16", torch.cuda.is_available()
 
 
@@ -56,8 +56,9 @@ def train(batches: list[list[int]], learning_rate: float) -> dict[str, Any]:
     """
     parts = 2 if "halved" in VARIANT else 1
     common = {
-        "output_dir": str(FOLDER / "out"), "use_cpu": not CUDA, "bf16": BF16 and "pure" not in VARIANT, "gradient_checkpointing": False,
-        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_length": None, "dataloader_pin_memory": False,
+        "output_dir": str(FOLDER / "out"), "use_cpu": not CUDA, "bf16": BF16 and "pure" not in VARIANT,
+        "gradient_checkpointing": "checkpointed" in VARIANT, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+        "max_length": None, "dataloader_pin_memory": False,
         "per_device_train_batch_size": len(batches[0]) // parts, "gradient_accumulation_steps": parts,
         "num_train_epochs": 1, "logging_steps": 1, "learning_rate": learning_rate,
         "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0, "remove_unused_columns": False,
@@ -69,7 +70,7 @@ def train(batches: list[list[int]], learning_rate: float) -> dict[str, Any]:
         rows = [
             {
                 "input_ids": row["prompt_ids"] + row["chosen_ids"],
-                "completion_mask": [0] * len(row["prompt_ids"]) + [1] * len(row["chosen_ids"]),
+                "labels": [-100] * len(row["prompt_ids"]) + row["chosen_ids"],
             }
             for row in rows
         ]
