@@ -24,7 +24,7 @@ from meetjax.data.tokenize import Rows
 from meetjax.errors import MeetjaxError
 from meetjax.evaluate.drift import drift
 from meetjax.evaluate.preference import accuracy, base_logps, row_logps, row_rewards, shorter_accuracy
-from meetjax.evaluate.report import write_summary
+from meetjax.evaluate.summary import write_summary
 from meetjax.generate.requests import encode_prompt
 from meetjax.models.fingerprint import file_digest, fingerprint
 from meetjax.models.load import Model, load

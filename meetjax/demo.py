@@ -30,7 +30,8 @@ from meetjax.data.tokenize import Rows, tokenize_records
 from meetjax.errors import MeetjaxError
 from meetjax.evaluate.curves import dial_curve
 from meetjax.evaluate.preference import accuracy, base_logps, row_logps, shorter_accuracy
-from meetjax.evaluate.report import write_report, write_summary
+from meetjax.evaluate.report import write_report
+from meetjax.evaluate.summary import write_summary
 from meetjax.generate.requests import Completion, Request, generate_texts
 from meetjax.models.load import Model, load
 from meetjax.objectives.preference import Dpo

@@ -1,20 +1,17 @@
-"""One run told on one page: `write_report` makes `report.html`, `write_summary` makes `summary.json`."""
+"""One run told on one page: `write_report` makes `report.html` of what `summary.write_summary` stores."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from meetjax.errors import MeetjaxError
 from meetjax.evaluate import plots
 from meetjax.evaluate.style import CSS
+from meetjax.evaluate.summary import write_whole
 
 FIELDS = (
     "model",
@@ -44,15 +41,6 @@ A <strong>strength</strong> is how much of a trained adapter the model uses. <st
 what was learnt and far enough out breaks the answers; below 0 it goes the other way. The strength is an input of the model, not part of its
 weights: each request chooses its own, and no training or compiling is repeated.
 """
-
-
-def write_summary(summary: Mapping[str, Any], folder: str | Path) -> Path:
-    """Writes `folder/summary.json` in one move, so that a reader sees the old file or the new one; returns its path.
-
-    Array scalars become numbers, and what is not finite becomes null. Raises MeetjaxError when it cannot be written.
-    """
-    text = json.dumps(_plain(summary, "summary"), indent=2, allow_nan=False, ensure_ascii=False)
-    return _write(Path(folder) / "summary.json", text + "\n")
 
 
 def write_report(summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], folder: str | Path) -> Path:
@@ -91,7 +79,7 @@ def write_report(summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]
 </body>
 </html>
 """
-    return _write(Path(folder) / "report.html", page)
+    return write_whole(Path(folder) / "report.html", page)
 
 
 def _check(summary: Mapping[str, Any]) -> None:
@@ -106,37 +94,6 @@ def _check(summary: Mapping[str, Any]) -> None:
         raise MeetjaxError(
             f"report: summary field {missing[0]}", expected="a value", found="none", fix="write the summary with this version"
         )
-
-
-def _plain(value: Any, where: str) -> Any:
-    """`value` as JSON can hold it; numpy and jax scalars and arrays become numbers and lists."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "__array__"):
-        return _plain(np.asarray(value).tolist(), where)
-    raise MeetjaxError(f"{where}: not a value of summary.json", expected="text, numbers, lists and mappings", found=type(value).__name__)
-
-
-def _write(path: Path, text: str) -> Path:
-    fresh = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, path)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise MeetjaxError(
-            f"{path}: cannot write", found=error.strerror or str(error), fix="free disk space or choose another folder"
-        ) from error
-    return path
 
 
 def _seconds(value: float) -> str:

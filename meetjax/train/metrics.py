@@ -17,9 +17,6 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue], made at run time
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue], made at run time
 
 from meetjax.errors import MeetjaxError
 
@@ -112,7 +109,7 @@ class MetricsLog:
         self.console = console or Console()
         self.clock, self.speed, self.last_line = clock, _Speed(), -math.inf
         self.path = self.folder / "metrics.jsonl"
-        self.files = contextlib.ExitStack()
+        self.files, self.events = contextlib.ExitStack(), None
 
     def __enter__(self) -> Self:
         if not self.writes:
@@ -142,14 +139,24 @@ class MetricsLog:
         fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(fresh, self.path)  # a kill between the two leaves the old file whole
         self.file = self.files.enter_context(open(self.path, "a", encoding="utf-8"))  # noqa: SIM115, the stack closes it
-        events = self.folder / "tensorboard"
-        events.mkdir(exist_ok=True)
-        # The synchronous writer: tensorboardX's threaded one blocks the caller for ever once its thread dies of a full disk.
-        # Its names have a resolution of one second, so a quick resume needs the suffix to leave the first file alone.
-        self.events = EventsWriter(str(events / "events"), filename_suffix=f".{os.getpid()}.{time.monotonic_ns()}")
-        # TensorBoard hides events of this step and later ones that earlier files hold.
-        self.files.callback(self.events.close)
-        self.events.write_event(Event(wall_time=time.time(), step=self.step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def _write_event(self, step: int, row: dict[str, float]) -> None:
+        """One TensorBoard event. tensorboardX takes a second to import where torch is installed, for which no first step need wait."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue], made at run time
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue], made at run time
+
+        if self.events is None:
+            folder = self.folder / "tensorboard"
+            folder.mkdir(exist_ok=True)
+            # The synchronous writer: tensorboardX's threaded one blocks the caller for ever once its thread dies of a full disk.
+            # Its names have a resolution of one second, so a quick resume needs the suffix to leave the first file alone.
+            self.events = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}.{time.monotonic_ns()}")
+            self.files.callback(self.events.close)
+            # TensorBoard hides events of this step and later ones that earlier files hold.
+            self.events.write_event(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        self.events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         self.events.flush()
 
     def write(
@@ -172,12 +179,10 @@ class MetricsLog:
             row |= {f"{self.unit}_per_s": rates[1], "tokens_per_s": rates[2]}
         self.step = step
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
         try:
             self.file.write(json.dumps({"step": step} | finite) + "\n")
             self.file.flush()  # a killed process loses no finished step
-            self.events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-            self.events.flush()
+            self._write_event(step, row)
         except OSError as error:
             raise self._failed(error) from error
         self._show(row, rates)

@@ -13,7 +13,8 @@ import pytest
 
 from meetjax.errors import MeetjaxError
 from meetjax.evaluate import plots
-from meetjax.evaluate.report import write_report, write_summary
+from meetjax.evaluate.report import write_report
+from meetjax.evaluate.summary import write_summary
 
 STRENGTHS = (-1, 0, 0.5, 1, 1.5, 2)
 HOSTILE = """<script>alert("x")</script><img src='http://evil.example/a.png' onerror=alert(1)>&amp;"""
@@ -222,7 +223,7 @@ def test_summary_round_trip_and_report_from_it(tmp_path):
 
 def test_summary_write_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     write_summary({"model": "old"}, tmp_path)
-    monkeypatch.setattr("meetjax.evaluate.report.os.replace", _no_space)
+    monkeypatch.setattr("meetjax.evaluate.summary.os.replace", _no_space)
     with pytest.raises(MeetjaxError, match=r"summary\.json: cannot write.*No space"):
         write_summary({"model": "new"}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
