@@ -53,13 +53,14 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     its moments in AdamW (in bfloat16 an update below 2^-9 of a weight is lost), and a tied head stays tied: its one leaf gets the
     gradients of both uses. Two copies of the base are held meanwhile, that reference and the one that trains.
 
-    A run that was interrupted goes on where its last checkpoint stands. Returns the summary. Raises MeetjaxError for a
+    A run that was interrupted goes on where its last checkpoint stands. Returns the summary, whose `wall_s` and `cpu_s` are of
+    this call alone. Raises MeetjaxError for a
     recipe, data, model or folder that cannot be used, and when training diverges; Interrupted after SIGTERM.
 
     Several hosts (`meetjax.launch`) call it alike and see the same files; each reads its rows and its part of the weights, the first
     one prints and writes. What one of them raises before and after training, all raise.
     """
-    begun, console = time.monotonic(), console or Console()
+    begun, console = (time.monotonic(), time.process_time()), console or Console()
     if not hosts.writes():
         console = Console(quiet=True)
     with hosts.together("recipe"):
@@ -73,7 +74,7 @@ def align(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
         return _run(recipe, out, mesh, console, begun)
 
 
-def _run(recipe: Recipe, out: Path, mesh: jax.sharding.Mesh, console: Console, begun: float) -> dict[str, Any]:
+def _run(recipe: Recipe, out: Path, mesh: jax.sharding.Mesh, console: Console, begun: tuple[float, float]) -> dict[str, Any]:
     changes_base = any("base" in stage.trains or stage.absorb for stage in recipe.stages)
     console.print(f"{recipe.name}: {recipe.model} -> {out}")
     with hosts.together("base"):
@@ -143,7 +144,7 @@ def _run(recipe: Recipe, out: Path, mesh: jax.sharding.Mesh, console: Console, b
         summary |= held_out(untrained, policy, judged.held_out, np.zeros_like(policy) if rewarded else contrast)
     if recipe.evaluation.prompts:
         summary |= _moved(recipe, model, loaded, bank, judged, console)
-    summary |= {"wall_s": round(time.monotonic() - begun, 1), "cpu_s": round(time.process_time(), 1)}
+    summary |= {"wall_s": round(time.monotonic() - begun[0], 1), "cpu_s": round(time.process_time() - begun[1], 1)}
     summary |= {"device": jax.devices()[0].device_kind, "peak_rss_gb": round(peak_rss_gb(), 3)}
     if (peak := peak_device_gb()) is not None:
         summary["peak_device_gb"] = round(peak, 3)

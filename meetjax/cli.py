@@ -98,6 +98,7 @@ def generate(
     """
     from meetjax.adapters.algebra import at_strength
     from meetjax.adapters.io import load_adapters
+    from meetjax.adapters.tree import columns
     from meetjax.generate.requests import Request, generate_texts
     from meetjax.generate.sampling import Sampling
     from meetjax.models.load import load
@@ -113,6 +114,9 @@ def generate(
         bank = load_adapters(adapter, loaded.fingerprint)
         if dial is None:
             gates, dial = at_strength(bank, *(strength or (1.0,)))
+        elif columns(bank) > 1:
+            fix = "choose among them with --strength"
+            raise MeetjaxError("generate: --dial", expected="an adapter of one gate column", found=f"{columns(bank)} columns", fix=fix)
     request = Request(prompt, system=system, gates=gates, dial=dial, sampling=sampling, seed=seed)
     print(generate_texts(loaded, [request], adapters=bank, max_new_tokens=max_new_tokens)[0].text)
 

@@ -91,9 +91,13 @@ def _finished(cell: Cell) -> dict[str, Any] | None:
     file = Path(cell.recipe.out) / "summary.json"
     if not file.exists():
         return None
-    summary = json.loads(file.read_text())
-    if summary["recipe"] != json.loads(json.dumps(resolved(cell.recipe))):
-        fix = "delete the folder, or give the grid another one with out=FOLDER"
+    fix = "delete the folder, or give the grid another one with --out FOLDER"
+    try:
+        summary = json.loads(file.read_text())
+        recipe = summary["recipe"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise MeetjaxError(f"{file}: not the summary of a run", found=error, fix=fix) from None
+    if recipe != json.loads(json.dumps(resolved(cell.recipe))):
         raise MeetjaxError(f"{file}: recipe", expected="the recipe of this cell", found="another one", fix=fix)
     return summary
 

@@ -8,7 +8,7 @@ A bank size (gate columns), E adapters of one kind in a bank.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -21,6 +21,8 @@ else:
     Array = jax.Array | np.ndarray
 Tokenizer = Any
 """A fast transformers tokenizer."""
+Instruction = Literal["plain", "own", "other", "good", "bad"]
+"""How a prompt asks for an answer: not at all, by the answer's class, by the other one, or by a class of its own."""
 Params = dict[str, Any]
 """The frozen base: nested dicts of arrays, named in `models/sites.py`."""
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from meetjax.adapters.algebra import stack
+from meetjax.adapters.io import load_adapters, read_manifest, save_adapters
 from meetjax.cli import main
 from tests.conftest import write_model, write_recipe
 
@@ -252,11 +254,16 @@ def test_bad_options_of_generate_are_told_in_one_line(options, inside, model_fol
     assert_one_line(inside(*GENERATE, "--model", model_folder, *options), OPTIONS[options])
 
 
-def test_bad_strengths_are_told_in_one_line(aligned, inside, model_folder):
+def test_bad_strengths_are_told_in_one_line(aligned, inside, model_folder, tmp_path):
     adapter = (*GENERATE, "--model", model_folder, "--adapter", aligned[1] / "adapters")
     assert_one_line(inside(*adapter, "--strength", "nan"), "gates: value; expected finite numbers; found")
     assert_one_line(inside(*adapter, "--dial", "inf"), "dial: value; expected finite numbers; found")
     assert_one_line(inside(*adapter, "--dial", "1", "--strength", "1"), "--strength and --dial; expected one of them; found both")
+    bank, manifest = load_adapters(aligned[1] / "adapters"), read_manifest(aligned[1] / "adapters")
+    save_adapters(tmp_path / "two", stack([bank, bank]), base=manifest["base"], fingerprint=manifest["fingerprint"])
+    two = (*GENERATE, "--model", model_folder, "--adapter", tmp_path / "two")
+    assert_one_line(inside(*two), "strength; expected 2, one for each gate column of the adapter; found 1; 0 for all but one")
+    assert_one_line(inside(*two, "--dial", "1"), "generate: --dial; expected an adapter of one gate column; found 2 columns")
 
 
 def test_a_system_message_without_a_chat_template_is_told_in_one_line(inside, other_model):

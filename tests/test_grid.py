@@ -85,6 +85,16 @@ def test_a_folder_of_another_recipe_is_refused(runs, tmp_path):
         run_grid(make_cells(AXES, get_config, tmp_path, ["data.seed=1"]), tmp_path, quiet())
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3"])
+def test_a_broken_summary_is_refused(runs, tmp_path, text):
+    cells = make_cells(AXES, get_config, tmp_path)
+    file = grid_module.Path(cells[0].recipe.out) / "summary.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    with pytest.raises(MeetjaxError, match=r"summary\.json: not the summary of a run; found .*; delete the folder"):
+        run_grid(cells, tmp_path, quiet())
+
+
 def test_cells_are_checked_before_any_runs(runs, tmp_path):
     with pytest.raises(MeetjaxError, match=r"train\.steps"):
         make_cells(AXES, get_config, tmp_path, ["train.steps=0"])

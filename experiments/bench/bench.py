@@ -75,7 +75,7 @@ class Bench:
     def training(self, task: str, dtype: str, goal: float) -> None:
         """Rounds of two batches a side; rows for throughput, and for float32 DPO memory and the share of the matmul rate."""
         ours = self.ours(task, dtype)
-        lengths = ours.ask("prepare")
+        lengths = ours.ask("write_rows")
         epoch = ours.ask("epoch")
         sampled = spaced(epoch, self.rounds)
         unit = "pairs/s" if task == "dpo" else "tokens/s"
@@ -260,6 +260,7 @@ def main() -> None:
     bench = Bench(asked)
     prepared = bench.ours("dpo", bench.decoding)
     prepared.ask("prepare")
+    prepared.ask("write_rows")
     bench.device = prepared.ask("device")
     prepared.close()
     runs = {

@@ -1,7 +1,7 @@
 """meetjax, told to train on given batches: `python ours.py FOLDER TASK DTYPE DATA SHAPE TOKENIZER BATCH`. TASK is dpo, sft or generate.
 
 SHAPE: `-` for SmolLM2-135M-Instruct, else a published shape (random weights) with the tokenizer of a folder (`-`: SmolLM2's). `prepare`
-writes to FOLDER what both sides start from: the model as a Hugging Face folder, the rows of TASK as token ids and a LoRA.
+and `write_rows` write to FOLDER what both sides start from: the model as a Hugging Face folder, a LoRA, and the rows of TASK as token ids.
 """
 
 from __future__ import annotations
@@ -76,11 +76,15 @@ TX = make_optimizer(STAGE.optim, 1000)
 STEP = make_step(CONFIG, STAGE, TX)
 
 
-def prepare() -> list[int]:
-    """Writes the model, the rows and the LoRA; returns tokens of each row's prompt and longest answer."""
+def prepare() -> None:
+    """Writes the model and the LoRA."""
     save_model(MODEL, FOLDER / "model")
     assert BANK.lora is not None
     save_file(lora_to_peft(BANK.lora), FOLDER / "lora.safetensors")
+
+
+def write_rows() -> list[int]:
+    """Writes the rows; returns tokens of each one's prompt and longest answer."""
     rows = []
     for n in range(len(ROWS)):
         ids = [answer_ids(ROWS, n, c).tolist() for c in range(ROWS.starts.shape[1])]
@@ -204,6 +208,7 @@ if __name__ == "__main__":
     serve(
         {
             "prepare": prepare,
+            "write_rows": write_rows,
             "device": lambda: jax.devices()[0].device_kind,
             "epoch": epoch,
             "train": train,

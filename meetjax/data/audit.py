@@ -73,17 +73,6 @@ def require_rows(audit: Audit, source: object) -> None:
     )
 
 
-def render_line(audit: Audit) -> str:
-    """The audit on one line, for a log."""
-    parts = [f"{audit.kept:,} rows kept"]
-    for title, findings in (("left out", audit.excluded), ("noted", audit.noted)):
-        if findings:
-            parts.append(f"{title}: " + ", ".join(f"{f.count:,} {reason} (first {f.where})" for reason, f in findings.items()))
-    if audit.stats:
-        parts.append(", ".join(f"{value:,} {name}" for name, value in audit.stats.items()))
-    return "; ".join(parts)
-
-
 def render_table(audit: Audit, title: str = "data") -> Table:
     """The audit as a `rich` table, one row a reason, for a terminal."""
     table: Any = Table(title=title)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from meetjax.data.records import Completion, Edited, Form, Instructed, Labelled, Message, Pair, Prompt, Record, Scored
 from meetjax.errors import MeetjaxError
+from meetjax.types import Instruction
 
 FORM_OF: dict[type, Form] = {Pair: "pair", Completion: "completion", Labelled: "labelled", Scored: "scored", Edited: "edited"}
-Instruction = Literal["plain", "own", "other", "good", "bad"]
 BAD, GOOD = 0, 1
 """Classes of the answers of a pair."""
 

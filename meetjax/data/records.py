@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -128,7 +129,7 @@ def read_records(
       whole conversations, or dialogue strings with turns at "\\n\\nHuman:" and "\\n\\nAssistant:";
     * completion: `prompt`, `completion`; `messages`, of which the last assistant turn is the answer; or a pair's columns, of which
       the chosen answer is read;
-    * labelled: `prompt`, `completion` and `label`, true, false or a class number from 0;
+    * labelled: `prompt`, `completion` and `label`, true, false or a class number from 0 (as text too, as CSV has it);
     * edited: `prompt`, `original` and `revised`;
     * scored: `prompt`, `completion` and `score`; or a pair's columns with `score_chosen` and `score_rejected`, two records a row.
 
@@ -209,8 +210,8 @@ def parse_completion(row: Mapping[str, Any], where: str) -> Completion | str:
 def parse_labelled(row: Mapping[str, Any], where: str) -> Labelled | str:
     """The row's answer and class, or the reason why it has none; raises MeetjaxError like `parse_pair`."""
     _require_columns(row, ("prompt", "completion", "label"), where)
-    label, found = row["label"], _answer_after(row["prompt"], row, "completion", where)
-    if not isinstance(label, int) or label < 0:
+    label, found = _plain(row["label"]), _answer_after(row["prompt"], row, "completion", where)
+    if not isinstance(label, int) or not 0 <= label < 2**31:
         raise MeetjaxError(f"{where}: field 'label'", expected="true, false or a class number from 0", found=repr(label))
     return found if isinstance(found, str) else Labelled(*found, int(label), where)
 
@@ -241,10 +242,22 @@ def parse_edited(row: Mapping[str, Any], where: str) -> Edited | str:
 
 
 def _score(row: Mapping[str, Any], column: str, where: str) -> float:
-    value = row[column]
+    value = _plain(row[column])
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise MeetjaxError(f"{where}: field '{column}'", expected="a finite number", found=repr(value))
     return float(value)
+
+
+def _plain(value: Any) -> Any:
+    """What a cell of a CSV file, which is text, says: true, false or a number; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
 
 
 def parse_dialogue(text: str) -> tuple[Message, ...]:

@@ -23,7 +23,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for field, ok, expected in (
             ("temperature", 0 <= self.temperature < float("inf"), ">= 0 and finite"),
-            ("top_k", self.top_k >= 0, ">= 0"),
+            ("top_k", 0 <= self.top_k < 2**31, "0 to 2^31 - 1"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
         ):
             if not ok:

@@ -265,7 +265,7 @@ def apply(
     """float32 logits of every position under the base `params` and a bank of `adapters`, row b's share of entry a being gates[b, a].
 
     adapters None is the base model, bit for bit; gates None means 1 everywhere. Text is padded on the right (no mask needed),
-    or on the left with `pad` tokens a row, or laid out otherwise by `rows` (`attention.branched_rows`). `dial` [B] is the logit dial
+    or on the left with `pad` tokens a row, or laid out otherwise by `rows` (`layout.branched_rows`). `dial` [B] is the logit dial
     z = d z_adapted + (1 - d) z_base of decoding-time realignment (Liu et al. 2024, arXiv 2402.02992).
     """
     return layers.logits(params, hidden_states(config, params, tokens, adapters, gates, **options))

@@ -3,7 +3,7 @@
 Order inside a block, with every adapter site:
 
     x = norm(h);  q, k, v = edit(x W + b + lora(x));  rope;  attention;  h += edit(attn W_o + lora(attn))
-    x = norm(h);  h += edit(silu(x W_gate + lora(x)) * (x W_up + lora(x))) W_down + lora)
+    x = norm(h);  m = silu(x W_gate + lora(x)) * (x W_up + lora(x));  h += edit(m W_down + lora(m))
 
 One primitive a kind: `lora_deltas`, `edit_output`, and `head_rewards` behind the last norm; soft prompts act in `attention.py`, the
 identity block is a call of `block`.

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from meetjax.objectives.bounds import bounded, not_negative
 from meetjax.objectives.preference import preferred
-from meetjax.types import Array, Batch
+from meetjax.types import Array, Batch, Instruction
 
 States = list[Float[Array, "B K T D"]]
 """Hidden states of a batch's rows at each tapped block."""
@@ -83,7 +83,7 @@ class Rahf:
     taps: tuple[int, ...] = (10, 12, 14, 16, 18)
     alpha: float = not_negative(5.0)
     loss: Literal["l2norm", "mse"] = "l2norm"
-    asks: tuple[str, ...] = ("plain", "good", "bad")
+    asks: tuple[Instruction, ...] = ("plain", "good", "bad")
     looks: tuple[tuple[int, tuple[float, ...]], ...] = ((0, ()), (1, ()), (2, ()))
     form: ClassVar[str] = "labelled"
     needs_reference: ClassVar[bool] = False

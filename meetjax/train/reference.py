@@ -38,8 +38,9 @@ class Reference:
         adapters: a bank that belongs to the reference, under the batch's gates; its scores are kept in memory only.
 
         A key names all that a score depends on (base, dtypes, token ids, places of the answers, shapes, mesh, backend, JAX and the
-        code of the forward pass), so that no entry can be stale. Several hosts keep scores in memory only: a file that one of them
-        has and another lacks would leave the others waiting in the forward pass. Raises MeetjaxError when the file cannot be used.
+        code of the forward pass; of the base's weights the fingerprint is a sample), so that no entry is stale. Several hosts keep scores
+        in memory only: a file that one of them has and another lacks would leave the others waiting in the forward pass. Raises
+        MeetjaxError when the file cannot be used.
         """
         self._model = config, params, adapters
         self._known: dict[str, Float[np.ndarray, "B C"]] = {}

@@ -189,7 +189,7 @@ def check_recipe(recipe: Recipe) -> None:
         ("evaluation.max_new_tokens", recipe.evaluation.max_new_tokens, recipe.evaluation.max_new_tokens >= 1, ">= 1"),
         ("data.seed", data.seed, 0 <= data.seed < 2**32, "0 to 2^32 - 1"),
     ]
-    held: list[str] = []
+    held: dict[str, Spec] = {}
     for i, stage in enumerate(recipe.stages):
         if not stage.trains:
             expected = "base or some of " + ", ".join(KIND_OF.values())
@@ -201,8 +201,12 @@ def check_recipe(recipe: Recipe) -> None:
         if stage.absorb and (whole := [kind for kind in held if kind not in MERGEABLE]):
             expected = f"{' or '.join(MERGEABLE)} alone trained before, to be merged"
             raise MeetjaxError(f"recipe: stages.{i}.absorb", expected=expected, found=", ".join(whole))
-        own = [KIND_OF[type(spec)] for spec in stage.trains if spec != "base"]
-        held = own if stage.absorb else held + own
+        own: dict[str, Spec] = {KIND_OF[type(spec)]: spec for spec in stage.trains if spec != "base"}
+        held = {} if stage.absorb else held
+        if changed := [kind for kind, spec in own.items() if held.get(kind, spec) != spec]:
+            expected, kind = f"{held[changed[0]]}, which an earlier stage made and this one goes on with", changed[0]
+            raise MeetjaxError(f"recipe: stages.{i}.trains: {kind}", expected=expected, found=own[kind])
+        held = held | own
         if rewarded and "reward" not in held:
             expected = f"RewardSpec() here or in an earlier stage, the head of {name}"
             raise MeetjaxError(f"recipe: stages.{i}.trains", expected=expected, found="none")

@@ -17,7 +17,7 @@ from meetjax.data.edits import with_edit_weights
 from meetjax.data.loader import Buckets, choose_buckets
 from meetjax.data.partners import with_partners
 from meetjax.data.records import Pair, form_of, read_records
-from meetjax.data.tokenize import Rows
+from meetjax.data.tokenize import Rows, laid_lengths
 from meetjax.errors import MeetjaxError
 from meetjax.train.stage import Data, Stage, View
 
@@ -72,7 +72,7 @@ def read_rows(data: Data, stage: Stage, tokenizer: Any, console: Console) -> Spl
         rows = with_partners(rows, data.max_length, data.seed)
     console.print(render_table(then(*audits, made), f"{data.path} ({form})"))
     if not held_out:
-        return Split(rows, None, None, [], data.buckets or choose_buckets(rows))
+        return Split(rows, None, None, [], _buckets(data, rows))
     if native in ("scored", "edited") or getattr(stage.objective, "reads_rewards", False):  # a reward of one answer alone says nothing
         held_out = convert(held_out, "pair", gap=data.gap)
     if goal:
@@ -83,7 +83,16 @@ def read_rows(data: Data, stage: Stage, tokenizer: Any, console: Console) -> Spl
     console.print(render_table(audit, "held out"))
     if pairs and _classes_told(stage.view, rows):
         bad = _gated(_tokenized(held_out, data, tokenizer, stage.view, BAD)[0], stage.view, BAD)
-    return Split(rows, good, bad, held_out, data.buckets or choose_buckets(rows, good, *([bad] if bad else [])))
+    return Split(rows, good, bad, held_out, _buckets(data, rows, good, *([bad] if bad else [])))
+
+
+def _buckets(data: Data, *tables: Rows) -> Buckets:
+    """The recipe's padded lengths, which must hold every row, or the best ones."""
+    longest = max(int(laid_lengths(rows).max()) for rows in tables)
+    if data.buckets and data.buckets[-1] < longest:
+        expected, fix = f"a last one of {longest} or more, the longest row", "add one, leave them to be chosen, or lower data.max_length"
+        raise MeetjaxError("recipe: data.buckets", expected=expected, found=data.buckets, fix=fix)
+    return data.buckets or choose_buckets(*tables)
 
 
 def _goal(view: View, native: str, form: str) -> Callable[[float], str] | None:

@@ -92,6 +92,20 @@ def test_csv_and_names_of_its_columns(tmp_path, ending):
         read_records(path, "completion", columns=("mr", "text"))
 
 
+def test_numbers_of_csv_are_text_and_mean_numbers(tmp_path):
+    (tmp_path / "set.csv").write_text("prompt,completion,label,score\nq,a,1,0.5\nq,b,False,-2\nq,c,12,1e3\n")
+    assert [r.label for r in read_records(tmp_path / "set.csv", "labelled")[0]] == [1, 0, 12]
+    assert [r.score for r in read_records(tmp_path / "set.csv", "scored")[0]] == [0.5, -2.0, 1000.0]
+    for text in ("", "good", "-1", "1.5", "2147483648"):
+        (tmp_path / "bad.csv").write_text(f"prompt,completion,label\nq,a,{text}\n")
+        with pytest.raises(MeetjaxError, match=r"bad\.csv:2: field 'label'; expected true, false or a class number from 0; found"):
+            read_records(tmp_path / "bad.csv", "labelled")
+    for text in ("", "good", "true", "nan", "inf"):
+        (tmp_path / "bad.csv").write_text(f"prompt,completion,score\nq,a,{text}\n")
+        with pytest.raises(MeetjaxError, match=r"bad\.csv:2: field 'score'; expected a finite number; found"):
+            read_records(tmp_path / "bad.csv", "scored")
+
+
 def test_line_numbers_count_blank_lines_and_only_newlines(tmp_path):
     path = tmp_path / "pairs.jsonl"
     rows = [json.dumps({"prompt": "a\u2028b", "completion": "c"}, ensure_ascii=False), "", json.dumps({"prompt": "d", "completion": "e"})]

@@ -105,7 +105,8 @@ INF, NAN = float("inf"), float("nan")
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("temperature", -0.1), ("temperature", INF), ("temperature", NAN), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1)]
+    ("name", "value"),
+    [("temperature", -0.1), ("temperature", INF), ("temperature", NAN), ("top_k", -1), ("top_k", 2**31), ("top_p", 0.0), ("top_p", 1.1)],
 )
 def test_bad_settings_raise(name, value):
     with pytest.raises(MeetjaxError, match=f"sampling: {name}"):

@@ -16,6 +16,7 @@ from meetjax.errors import MeetjaxError
 from meetjax.objectives.bounds import bounds_of
 from meetjax.objectives.kto import Kto
 from meetjax.objectives.preference import Dpo, Ipo
+from meetjax.objectives.representation import Rahf
 from meetjax.objectives.reward import BradleyTerry
 from meetjax.objectives.sft import Sft
 from meetjax.objectives.table import OBJECTIVES
@@ -162,6 +163,15 @@ def test_a_reward_head_must_be_read_and_stays_apart(change, told):
     assert told in str(caught.value)
 
 
+def test_a_later_stage_goes_on_with_what_an_earlier_one_made():
+    """A spec that differs would be ignored; after `absorb` the kind is made anew."""
+    made, other = LoraSpec(rank=4), LoraSpec(rank=8)
+    for again in (Stage((made, EditSpec())), Stage((other,), absorb=(1.0,))):
+        check_recipe(dataclasses.replace(RECIPE, stages=(Stage((made,)), again)))
+    with pytest.raises(MeetjaxError, match=r"recipe: stages\.1\.trains: lora; expected LoraSpec\(rank=4.*found LoraSpec\(rank=8"):
+        check_recipe(dataclasses.replace(RECIPE, stages=(Stage((made,)), Stage((other,)))))
+
+
 @pytest.mark.parametrize("change", WRONG)
 def test_check_recipe_names_the_field(change):
     with pytest.raises(MeetjaxError) as caught:
@@ -185,6 +195,10 @@ def test_check_recipe_names_the_field(change):
         (
             dataclasses.replace(RECIPE, stages=(Stage(optim=Optim(clip=math.nan)),)),
             "stages.0.optim.clip; expected a finite number; found nan",
+        ),
+        (
+            dataclasses.replace(RECIPE, stages=(Stage(objective=Rahf(asks=("plain", "best"))),)),
+            "objective.asks.1; expected plain or own or",
         ),
         (dataclasses.replace(RECIPE, stages=(Stage(objective=Dpo),)), "stages.0.objective; expected an Objective; found <class"),
     ],

@@ -17,7 +17,7 @@ from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.prompt import PromptSpec
 from meetjax.adapters.tree import Bank, columns
 from meetjax.data.loader import eval_batches
-from meetjax.data.tokenize import answer_ids
+from meetjax.data.tokenize import answer_ids, laid_lengths
 from meetjax.errors import MeetjaxError
 from meetjax.objectives.logps import answer_logps
 from meetjax.objectives.preference import Dpo
@@ -141,6 +141,24 @@ def test_what_a_view_cannot_be_is_told(model, pairs_file):
         check_columns(bank, split_of(model, pairs_file, LabelledSft()).train, "stages.1")
     with pytest.raises(MeetjaxError, match="one text, or one for each of 3 columns; found 2"):
         init_bank(model.config, model.params, CONTROLS, model.tokenizer, jax.random.key(0), 3)
+
+
+def test_lengths_that_do_not_hold_the_rows_are_told_before_training(model, tmp_path):
+    """Held-out rows too, which training alone would not meet."""
+    lines = write_pairs(tmp_path / "pairs.jsonl").read_text().splitlines()
+    (tmp_path / "pairs.jsonl").write_text(
+        "\n".join([*lines, json.dumps({"prompt": "long?", "chosen": "the cat", "rejected": "a cat " * 9})])
+    )
+    path = str(tmp_path / "pairs.jsonl")
+    splits = ((seed, split_of(model, path, Dpo(), seed=seed)) for seed in range(99))
+    seed, found = next((seed, split) for seed, split in splits if "long?" in {record.prompt for record in split.records})
+    trained, held = (int(laid_lengths(rows).max()) for rows in (found.train, found.held_out))
+    assert trained < held
+    assert split_of(model, path, Dpo(), seed=seed, buckets=(16, held)).buckets == (16, held)
+    with pytest.raises(
+        MeetjaxError, match=rf"recipe: data\.buckets; expected a last one of {held} or more.*; found \({trained},\); add one"
+    ):
+        split_of(model, path, Dpo(), seed=seed, buckets=(trained,))
 
 
 scores = jax.jit(answer_logps, static_argnums=0)
