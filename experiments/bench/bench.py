@@ -85,9 +85,8 @@ class Bench:
         by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
         grouped = [by_length[i : i + self.batch] for i in range(0, len(lengths) - self.batch + 1, self.batch)]
         variants = {"autocast": "-", "pure": "pure"} if dtype == "bfloat16" else {"plain": "-"}
-        saving = {
-            f"{name}, checkpointed": f"{set_},checkpointed" for name, set_ in variants.items()
-        }  # no slower where fresh memory is slow
+        # No slower where fresh memory is slow.
+        saving = {f"{name}, checkpointed": f"{set_},checkpointed" for name, set_ in variants.items()}
         if task == "dpo" and dtype == "float32" and os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < ROOM:
             variants = {"in two parts": "halved"}
         variants |= saving
@@ -103,9 +102,10 @@ class Bench:
             return side
 
         rates: dict[str, float] = {}
+        (middle,) = spaced(grouped, 1)
         for name, variant in variants.items():
-            side = warmed(variant, spaced(grouped, 1)[0])
-            rates[name] = timed(side, spaced(grouped, 1)[0])
+            side = warmed(variant, middle)
+            rates[name] = timed(side, middle)
             CONSOLE.print(f"trl {name}: {rates[name]:.3g} {unit}, sorted by length")
             side.close()  # what it holds is memory that the next one may need
         best = max(rates, key=rates.__getitem__)

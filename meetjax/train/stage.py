@@ -203,9 +203,10 @@ def check_recipe(recipe: Recipe) -> None:
             raise MeetjaxError(f"recipe: stages.{i}.absorb", expected=expected, found=", ".join(whole))
         own: dict[str, Spec] = {KIND_OF[type(spec)]: spec for spec in stage.trains if spec != "base"}
         held = {} if stage.absorb else held
-        if changed := [kind for kind, spec in own.items() if held.get(kind, spec) != spec]:
-            expected, kind = f"{held[changed[0]]}, which an earlier stage made and this one goes on with", changed[0]
-            raise MeetjaxError(f"recipe: stages.{i}.trains: {kind}", expected=expected, found=own[kind])
+        for kind, spec in own.items():
+            if kind in held and held[kind] != spec:
+                expected = f"{held[kind]}, which an earlier stage made and this one goes on with"
+                raise MeetjaxError(f"recipe: stages.{i}.trains: {kind}", expected=expected, found=spec)
         held = held | own
         if rewarded and "reward" not in held:
             expected = f"RewardSpec() here or in an earlier stage, the head of {name}"

@@ -88,11 +88,13 @@ def read_rows(data: Data, stage: Stage, tokenizer: Any, console: Console) -> Spl
 
 def _buckets(data: Data, *tables: Rows) -> Buckets:
     """The recipe's padded lengths, which must hold every row, or the best ones."""
+    if not data.buckets:
+        return choose_buckets(*tables)
     longest = max(int(laid_lengths(rows).max()) for rows in tables)
-    if data.buckets and data.buckets[-1] < longest:
+    if data.buckets[-1] < longest:
         expected, fix = f"a last one of {longest} or more, the longest row", "add one, leave them to be chosen, or lower data.max_length"
         raise MeetjaxError("recipe: data.buckets", expected=expected, found=data.buckets, fix=fix)
-    return data.buckets or choose_buckets(*tables)
+    return data.buckets
 
 
 def _goal(view: View, native: str, form: str) -> Callable[[float], str] | None:
