@@ -29,8 +29,7 @@ from meetjax.adapters.lora import LoraSpec
 from meetjax.adapters.peft import lora_to_peft
 from meetjax.data.loader import Plan, make_batches, pad_batch
 from meetjax.data.tokenize import answer_ids, laid_lengths
-from meetjax.generate.decode import generate_tokens
-from meetjax.generate.requests import BUCKET
+from meetjax.generate.decode import generate_tokens, rounded
 from meetjax.generate.sampling import RowSampling
 from meetjax.models import sites
 from meetjax.models.decoder import init_params, unstack
@@ -157,7 +156,7 @@ def matmul(repeats: int = 10) -> float:
 
 def _prompts(prompts: list[int]) -> tuple[np.ndarray, np.ndarray]:
     ids = [answer_ids(ROWS, n, 0)[: ROWS.starts[n, 0]] for n in prompts]
-    width = -(-max(map(len, ids)) // BUCKET) * BUCKET
+    width = rounded(max(map(len, ids)))
     return np.stack([np.pad(row, (0, width - len(row))) for row in ids]), np.asarray([len(row) for row in ids], np.int32)
 
 

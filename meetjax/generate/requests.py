@@ -19,8 +19,6 @@ from meetjax.generate.sampling import RowSampling, Sampling
 from meetjax.models.decoder import unstack
 
 Template = Literal["auto", "chat", "none"]
-BUCKET = 32
-"""Prompt lengths are rounded up to a multiple of this many tokens, so that few programs are compiled."""
 TOKENS = 32768
 """Of a batch at most, prompts and answers together: keys and values of so many are 1.5 GB for a model of 135M in float32."""
 
@@ -146,7 +144,7 @@ def stream_text(
     `generate_texts` does, before the first piece.
     """
     ids = encode(model, request, template, max_new_tokens)
-    width = max(2 * BUCKET, 1 << (len(ids) - 1).bit_length())
+    width = max(2 * decode.BUCKET, 1 << (len(ids) - 1).bit_length())
     tokens, lengths, rows, gates, dial = _as_batch([request], [ids], adapters, width)
     asked = decode.Asked(rows, adapters, gates, dial, jnp.full(1, max_new_tokens, jnp.int32))
     going = decode.first_token(model.config, params, tokens, lengths, asked, max_new_tokens)
@@ -168,7 +166,7 @@ def stream_text(
 def _run(
     model: Any, params: Any, requests: Sequence[Request], encoded: Sequence[list[int]], adapters: Bank | None, max_new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    width = -(-max(len(ids) for ids in encoded) // BUCKET) * BUCKET
+    width = decode.rounded(max(len(ids) for ids in encoded))
     tokens, lengths, rows, gates, dial = _as_batch(requests, encoded, adapters, width)
     out, counts = decode.generate_tokens(model.config, params, tokens, lengths, rows, adapters, gates, dial, max_new_tokens=max_new_tokens)
     return np.asarray(out), np.asarray(counts)

@@ -64,7 +64,7 @@ def _cut(scaled: Float[Array, "B V"], rows: RowSampling) -> Float[Array, "B V"]:
 
 def sample(logits: Float[Array, "B V"], rows: RowSampling, step: Int[Array, ""] | Int[Array, " B"]) -> Int[Array, " B"]:
     """Next token of each row; step: tokens so far, of all or of each. A row's draw depends on its own seed and step alone."""
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = _argmax(logits)
 
     def draw() -> Array:
         steps = jnp.broadcast_to(step, rows.seed.shape)
@@ -73,3 +73,11 @@ def sample(logits: Float[Array, "B V"], rows: RowSampling, step: Int[Array, ""] 
         return jnp.where(rows.temperature > 0, drawn, greedy)
 
     return jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: greedy)
+
+
+def _argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The first token with the most, as `jnp.argmax`, which on CPU takes a vocabulary one by one (1.6 ms a step in place of 0.4)."""
+    vocabulary = logits.shape[1]
+    places = jnp.arange(vocabulary, dtype=jnp.int32)[None]
+    first = jnp.min(jnp.where(logits == jnp.max(logits, axis=1, keepdims=True), places, vocabulary), axis=1)
+    return jnp.minimum(first, vocabulary - 1)  # what is not a number is no maximum

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meetjax.adapters.tree import Bank, columns
 from meetjax.generate import decode
@@ -184,6 +187,37 @@ def test_strengths_change_without_recompilation(run):
     assert (decode.first_token._cache_size(), decode.next_token._cache_size()) == programs
     np.testing.assert_array_equal(texts[0.0], texts["dial"])  # both are the base
     assert (texts[0.0] != texts[1.0]).any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_prompts_run_apart_say_the_same(run, monkeypatch, temperature):
+    """Every kind and a dial, each length a group of its own, against all padded to the longest."""
+    together, counts = run(temperature=temperature)
+    monkeypatch.setattr(decode, "BUCKET", 1)
+    monkeypatch.setattr(decode, "WORTH", 1)
+    monkeypatch.setattr(decode, "SHARE", 0.0)
+    _, lengths = padded(PROMPTS)
+    assert len(decode.cut_by_length(lengths)) == len(PROMPTS)
+    found, count = run(temperature=temperature)
+    np.testing.assert_array_equal(found, together)
+    np.testing.assert_array_equal(count, counts)
+
+
+@given(st.lists(st.integers(1, 700), min_size=1, max_size=40))
+def test_groups_of_prompts_are_worth_their_programs(lengths):
+    """Every row is in one group, no group is longer than the one before, and each cut leaves out what it has to."""
+    groups = [np.asarray(lengths)[rows] for rows in decode.cut_by_length(np.asarray(lengths))]
+    assert sorted(np.concatenate(groups)) == sorted(lengths)
+    assert all(a.min() >= b.max() for a, b in pairwise(groups))
+    padded = sum(len(group) * decode.rounded(int(group.max())) for group in groups)
+    whole = len(lengths) * decode.rounded(max(lengths))
+    assert whole - padded >= decode.WORTH * (len(groups) - 1)
+
+
+def test_a_long_prompt_among_short_ones_is_run_alone():
+    groups = decode.cut_by_length(np.array([181, 69, 47, 78, 38, 66, 41, 467]))
+    assert [rows.tolist() for rows in groups] == [[7], [0], [3, 1, 5, 2, 6, 4]]
+    assert len(decode.cut_by_length(np.array([69, 47, 78, 96]))) == 1
 
 
 def test_empty_bank_is_the_base():

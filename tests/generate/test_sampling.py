@@ -75,6 +75,16 @@ def test_draws_over_steps_follow_the_distribution():
     assert (np.abs(frequency - expected) <= 5 * np.sqrt(expected * (1 - expected) / DRAWS) + 1e-12).all()
 
 
+def test_greedy_takes_the_first_of_the_best():
+    """As argmax does, ties and infinities included; of what is no number, some token of the vocabulary."""
+    logits = np.random.default_rng(0).integers(-3, 3, (6, 50)).astype(np.float32)
+    logits[4], logits[5, 3:] = -np.inf, np.nan
+    rows = RowSampling(jnp.zeros(6), jnp.zeros(6, jnp.int32), jnp.ones(6), jnp.zeros(6, jnp.int32))
+    found = np.asarray(sampling.sample(logits, rows, jnp.int32(0)))
+    np.testing.assert_array_equal(found[:5], logits[:5].argmax(1))
+    assert 0 <= found[5] < 50
+
+
 def test_greedy_rows_stay_greedy_beside_sampled_ones():
     draw = np.random.default_rng(3)
     logits = jnp.asarray(draw.normal(size=(64, VOCAB)), jnp.float32)
