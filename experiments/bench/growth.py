@@ -27,7 +27,7 @@ from meetjax.adapters.bank import init_bank
 from meetjax.adapters.lora import LoraSpec
 from meetjax.generate.decode import Asked, first_token, next_token
 from meetjax.generate.sampling import RowSampling
-from meetjax.models.decoder import unstack
+from meetjax.models.decoder import unstack, unstack_bank
 from meetjax.models.load import Model, load
 from meetjax.objectives.preference import Dpo
 from meetjax.train.flops import step_flops
@@ -96,7 +96,7 @@ def decoding(model: Model, params: Any, kind: str, count: int) -> dict[str, floa
     tokens = np.random.default_rng(0).integers(10, config.vocab, (rows, PROMPT)).astype(np.int32)
     greedy = RowSampling(jnp.zeros(rows), jnp.zeros(rows, jnp.int32), jnp.ones(rows), jnp.zeros(rows, jnp.int32))
     most = 2 * DECODED
-    asked = Asked(greedy, bank, jnp.asarray(gates), None, jnp.full(rows, most, jnp.int32))
+    asked = Asked(greedy, unstack_bank(bank), jnp.asarray(gates), None, jnp.full(rows, most, jnp.int32))
     going = first_token(config, params, jnp.asarray(tokens), jnp.full(rows, PROMPT, jnp.int32), asked, most)
     needed = compile_step(next_token, config, params, going, asked)
 

@@ -16,7 +16,7 @@ from meetjax.data.tokenize import added_bos
 from meetjax.errors import MeetjaxError
 from meetjax.generate import decode
 from meetjax.generate.sampling import RowSampling, Sampling
-from meetjax.models.decoder import unstack
+from meetjax.models.decoder import unstack, unstack_bank
 
 Template = Literal["auto", "chat", "none"]
 TOKENS = 32768
@@ -71,7 +71,7 @@ def generate_texts(
     """
     if batch_size < 1:
         raise MeetjaxError("batch_size", expected=">= 1", found=batch_size)
-    params = unstack(model.params) if "blocks" in model.params else model.params
+    params, bank = unstack(model.params) if "blocks" in model.params else model.params, unstack_bank(adapters)
     encoded = [encode(model, request, template, max_new_tokens) for request in requests]
     order = sorted(range(len(requests)), key=lambda i: (-len(encoded[i]), i))
     results: list[Completion | None] = [None] * len(requests)
@@ -81,7 +81,7 @@ def generate_texts(
         chosen, left = left[:size], left[size:]
         # A short last batch is filled with copies of its first row, so that it needs no program of its own.
         rows = chosen + [chosen[0]] * (size - len(chosen))
-        tokens, counts = _run(model, params, [requests[i] for i in rows], [encoded[i] for i in rows], adapters, max_new_tokens)
+        tokens, counts = _run(model, params, [requests[i] for i in rows], [encoded[i] for i in rows], bank, max_new_tokens)
         for i, ids, count in zip(chosen, tokens, counts, strict=False):
             ids = tuple(int(token) for token in ids[:count])
             ended = ids[-1] in model.config.eos_token_ids
@@ -146,7 +146,7 @@ def stream_text(
     ids = encode(model, request, template, max_new_tokens)
     width = max(2 * decode.BUCKET, 1 << (len(ids) - 1).bit_length())
     tokens, lengths, rows, gates, dial = _as_batch([request], [ids], adapters, width)
-    asked = decode.Asked(rows, adapters, gates, dial, jnp.full(1, max_new_tokens, jnp.int32))
+    asked = decode.Asked(rows, unstack_bank(adapters), gates, dial, jnp.full(1, max_new_tokens, jnp.int32))
     going = decode.first_token(model.config, params, tokens, lengths, asked, max_new_tokens)
     new: list[int] = []
     told = ""

@@ -1,6 +1,7 @@
 """The decoder: one definition for training (blocks stacked and scanned) and for decoding (blocks apart, each with its cache).
 
-The rest of the library sees `init_params`, `unstack`, `apply`, `hidden_states`, `block_states`, `prefill`, `extend` and `decode_step`.
+The rest of the library sees `init_params`, `unstack`, `unstack_bank`, `apply`, `hidden_states`, `block_states`, `prefill`, `extend` and
+`decode_step`.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class Decoder(nn.Module):
             (h, taps), _ = scan(config, remat=config.remat, name="blocks")((h, taps), layer, shared)
         else:
             for i in range(config.layers):
-                own = jax.tree.map(lambda leaf, i=i: leaf[i], {"lora": lora, "edit": edit})
+                own = jax.tree.map(lambda leaf, i=i: leaf[i], {"lora": lora, "edit": edit}, is_leaf=lambda node: isinstance(node, tuple))
                 layer = own | {"windowed": windowed[i], "cache": None if caches is None else caches[i], "tap": places[i]}
                 (h, taps), cache = Block(config, self.keep, name=f"block_{i}")((h, taps), layer, shared)
                 kept.append(cache)
@@ -137,6 +138,14 @@ def unstack(params: Params) -> Params:
     count = jax.tree.leaves(blocks)[0].shape[0]
     rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
     return rest | {f"block_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(count)}
+
+
+def unstack_bank(bank: Any) -> Any:
+    """The same bank, each leaf of LoRA and edits a tuple of layers, for decoding: a step would copy every slice it takes of a stack."""
+    if bank is None:
+        return None
+    apart = {kind: jax.tree.map(lambda leaf: tuple(leaf), getattr(bank, kind)) for kind in ("lora", "edit")}
+    return dataclasses.replace(bank, **apart)
 
 
 @jax.tree_util.register_dataclass

@@ -15,10 +15,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meetjax.adapters.tree import Bank, Edit, EditSite, Identity, Lora, LoraSite, column_names, count_parameters, entry_axis, kinds
+from meetjax.adapters.tree import (
+    MERGEABLE,
+    Bank,
+    Edit,
+    EditSite,
+    Identity,
+    Lora,
+    LoraSite,
+    column_names,
+    count_parameters,
+    entry_axis,
+    kinds,
+)
 from meetjax.errors import MeetjaxError
 from meetjax.models import sites
 from meetjax.models.config import ModelConfig
+from meetjax.models.decoder import unstack_bank
 from meetjax.types import Array
 
 COUNTS = {"prompt": "prompts", "lora": "loras", "edit": "edits", "identity": "identities"}
@@ -126,7 +139,8 @@ class Shelf:
         self.adapters: dict[str, Loaded] = {}
         self._uids = itertools.count()
         self._leaving: list[Loaded] = []
-        self.bank, self.vectors = empty_bank(config, room)
+        stacked, self.vectors = empty_bank(config, room)
+        self.bank = unstack_bank(stacked)
         self.first = {"lora": 0, "edit": room.loras}
         self.columns = room.loras + room.edits
         """Gate columns of a row: soft prompts act where its prompt is run, identity blocks by `Way.enters`."""
@@ -157,7 +171,8 @@ class Shelf:
                 tree, axis = getattr(bank, kind), entry_axis(kind)
                 for entry in [i for i, c in enumerate(tree.entries) if c == column]:
                     places.setdefault(kind, []).append(self.free[kind].pop(0))
-                    self._write(kind, places[kind][-1], [np.take(leaf, entry, axis) for leaf in leaves[kind]])
+                    new = [np.take(leaf, entry, axis) for leaf in leaves[kind]]
+                    self._write(kind, places[kind][-1], list(itertools.chain(*new)) if kind in MERGEABLE else new)
                     parameters += count_parameters(tree) // len(tree.entries)
             self.adapters[own] = Loaded(AdapterInfo(tuple(places), parameters, folder), places, next(self._uids))
 
@@ -176,14 +191,17 @@ class Shelf:
             self._leaving.remove(loaded)
             for kind, places in loaded.places.items():
                 for place in places:
-                    self._write(kind, place, [np.zeros(np.delete(x.shape, entry_axis(kind)), x.dtype) for x in self._leaves(kind)])
+                    self._empty(kind, place)
                 self.free[kind] = sorted(self.free[kind] + places)
+
+    def _empty(self, kind: str, place: int) -> None:
+        self._write(kind, place, [np.zeros(np.delete(x.shape, _place_axis(kind)), x.dtype) for x in self._leaves(kind)])
 
     def _leaves(self, kind: str) -> list[Array]:
         return jax.tree.leaves(self.vectors if kind == "prompt" else getattr(self.bank, kind))
 
     def _write(self, kind: str, place: int, leaves: list[np.ndarray]) -> None:
-        new = write_place(self._leaves(kind), leaves, np.int32(place), entry_axis(kind))
+        new = write_place(self._leaves(kind), leaves, np.int32(place), _place_axis(kind))
         if kind == "prompt":
             (self.vectors,) = new
         else:
@@ -194,7 +212,7 @@ class Shelf:
         """Writes a zero over a zero of every kind, so that `write_place` is compiled."""
         for kind, free in self.free.items():
             if free:
-                self._write(kind, free[0], [np.zeros(np.delete(x.shape, entry_axis(kind)), x.dtype) for x in self._leaves(kind)])
+                self._empty(kind, free[0])
 
     def ways(self, strengths: Sequence[tuple[Loaded, float]], dial: float | None) -> list[Way]:
         """The rows of an answer. z = d (sum_e g_e z_e + (1 - sum_e g_e) z_plain) + (1 - d) z_base over its identity blocks e, as
@@ -232,6 +250,11 @@ class Shelf:
         else:
             ways[-1] = dataclasses.replace(ways[-1], weight=ways[-1].weight + base.weight)
         return [way for way in ways if way.weight != 0]
+
+
+def _place_axis(kind: str) -> int:
+    """The axis of places in a leaf of the shelf, which has layers apart."""
+    return 0 if kind in MERGEABLE else entry_axis(kind)
 
 
 @partial(jax.jit, static_argnums=3, donate_argnums=0)

@@ -17,7 +17,7 @@ from meetjax.adapters.tree import Bank, columns
 from meetjax.generate import decode
 from meetjax.generate.decode import generate_tokens
 from meetjax.generate.sampling import RowSampling
-from meetjax.models.decoder import apply, unstack
+from meetjax.models.decoder import apply, unstack, unstack_bank
 from tests.conftest import MOVING, TINY, apart, random_bank, random_params
 
 CONFIG = dataclasses.replace(TINY, layers=2, eos_token_ids=())
@@ -218,6 +218,16 @@ def test_a_long_prompt_among_short_ones_is_run_alone():
     groups = decode.cut_by_length(np.array([181, 69, 47, 78, 38, 66, 41, 467]))
     assert [rows.tolist() for rows in groups] == [[7], [0], [3, 1, 5, 2, 6, 4]]
     assert len(decode.cut_by_length(np.array([69, 47, 78, 96]))) == 1
+
+
+def test_layers_apart_say_the_same(run):
+    """A bank of every kind with a leaf for each layer."""
+    bank, gates = everything()
+    tokens, lengths = padded(PROMPTS)
+    rows, apart_bank = greedy(len(PROMPTS)), unstack_bank(bank)
+    assert len(apart_bank.lora.q.a) == len(apart_bank.edit.down.s) == CONFIG.layers
+    found, _ = generate(STOPPING, FLAT, tokens, lengths, rows, apart_bank, gates, DIAL, max_new_tokens=NEW)
+    np.testing.assert_array_equal(found, run()[0])
 
 
 def test_empty_bank_is_the_base():
