@@ -19,7 +19,7 @@ from meetjax.data.records import Message
 from meetjax.errors import MeetjaxError
 from meetjax.generate.requests import Request, stream_text
 from meetjax.generate.sampling import Sampling
-from meetjax.models.decoder import unstack
+from meetjax.models.decoder import unstack, unstack_bank
 from meetjax.models.load import Model
 
 HELP = """/set NAME STRENGTH    how much of an adapter: 0 base, 1 trained, between, beyond, or below 0 for the other way
@@ -45,7 +45,7 @@ class Chat:
             own = dict(zip(column_names(name, bank), apart(bank), strict=True))
             self.banks |= own
             self.strengths |= dict.fromkeys(own, 0.0) | dict.fromkeys([*own][-1:], 1.0)
-        self.bank: Bank | None = stack(list(self.banks.values())) if self.banks else None
+        self.bank: Bank | None = unstack_bank(stack(list(self.banks.values()))) if self.banks else None
         self.dial: float | None = None
         self.system: str | None = None
         self.said: list[Message] = []

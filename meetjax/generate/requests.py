@@ -71,7 +71,8 @@ def generate_texts(
     """
     if batch_size < 1:
         raise MeetjaxError("batch_size", expected=">= 1", found=batch_size)
-    params, bank = unstack(model.params) if "blocks" in model.params else model.params, unstack_bank(adapters)
+    params = unstack(model.params) if "blocks" in model.params else model.params
+    bank = unstack_bank(adapters)
     encoded = [encode(model, request, template, max_new_tokens) for request in requests]
     order = sorted(range(len(requests)), key=lambda i: (-len(encoded[i]), i))
     results: list[Completion | None] = [None] * len(requests)
@@ -138,7 +139,7 @@ def encode(model: Any, request: Request, template: Template, max_new_tokens: int
 def stream_text(
     model: Any, params: Any, request: Request, *, adapters: Bank | None = None, max_new_tokens: int = 256, template: Template = "auto"
 ) -> Iterator[str]:
-    """The pieces of one answer as they become certain, never half a character. params: the model's, unstacked.
+    """The pieces of one answer as they become certain, never half a character. params: the model's, unstacked; adapters: best so too.
 
     A conversation grows: prompt lengths are rounded up to powers of 2, so that a long one meets few programs. Raises as
     `generate_texts` does, before the first piece.
@@ -146,7 +147,7 @@ def stream_text(
     ids = encode(model, request, template, max_new_tokens)
     width = max(2 * decode.BUCKET, 1 << (len(ids) - 1).bit_length())
     tokens, lengths, rows, gates, dial = _as_batch([request], [ids], adapters, width)
-    asked = decode.Asked(rows, unstack_bank(adapters), gates, dial, jnp.full(1, max_new_tokens, jnp.int32))
+    asked = decode.Asked(rows, adapters, gates, dial, jnp.full(1, max_new_tokens, jnp.int32))
     going = decode.first_token(model.config, params, tokens, lengths, asked, max_new_tokens)
     new: list[int] = []
     told = ""

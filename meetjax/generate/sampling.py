@@ -76,7 +76,7 @@ def sample(logits: Float[Array, "B V"], rows: RowSampling, step: Int[Array, ""] 
 
 
 def _argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """The first token with the most, as `jnp.argmax`, which on CPU takes a vocabulary one by one (1.6 ms a step in place of 0.4)."""
+    """The first token with the most, as `jnp.argmax`, which on CPU goes one by one (8 rows of 49,152: 1.6 ms in place of 0.4)."""
     vocabulary = logits.shape[1]
     places = jnp.arange(vocabulary, dtype=jnp.int32)[None]
     first = jnp.min(jnp.where(logits == jnp.max(logits, axis=1, keepdims=True), places, vocabulary), axis=1)

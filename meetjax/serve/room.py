@@ -168,11 +168,10 @@ class Shelf:
             places: dict[str, list[int]] = {}
             parameters = 0
             for kind in moving:
-                tree, axis = getattr(bank, kind), entry_axis(kind)
+                tree, axis = getattr(bank, kind), _place_axis(kind)
                 for entry in [i for i, c in enumerate(tree.entries) if c == column]:
                     places.setdefault(kind, []).append(self.free[kind].pop(0))
-                    new = [np.take(leaf, entry, axis) for leaf in leaves[kind]]
-                    self._write(kind, places[kind][-1], list(itertools.chain(*new)) if kind in MERGEABLE else new)
+                    self._write(kind, places[kind][-1], [np.take(leaf, entry, axis) for leaf in leaves[kind]])
                     parameters += count_parameters(tree) // len(tree.entries)
             self.adapters[own] = Loaded(AdapterInfo(tuple(places), parameters, folder), places, next(self._uids))
 
@@ -291,7 +290,7 @@ def empty_bank(config: ModelConfig, room: Room) -> tuple[Bank, Array | None]:
 
 
 def fitted(config: ModelConfig, room: Room, kind: str, tree: Any, name: str) -> list[np.ndarray]:
-    """Leaves of one kind, padded with zeros to the room, in the order of the bank's.
+    """Leaves of one kind, padded with zeros to the room, layers apart, in the order of the shelf's.
 
     Raises MeetjaxError that names the field of `Room` that is too small.
     """
@@ -335,4 +334,5 @@ def fitted(config: ModelConfig, room: Room, kind: str, tree: Any, name: str) -> 
             a[..., :rank] = given.a
             b[:, :, :rank] = np.asarray(given.b, np.float32) * tree.scale  # the room has no scale of its own
         fields[site] = LoraSite(a, b)
-    return jax.tree.leaves(Lora(**fields) if kind == "lora" else Edit(**fields))
+    stacked = jax.tree.leaves(Lora(**fields) if kind == "lora" else Edit(**fields))
+    return list(itertools.chain(*stacked))
