@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,9 @@ from meetjax.models.layers import rotate
 from meetjax.models.layout import MASKED, Layout
 from meetjax.models.splash import splash_attention
 from meetjax.types import Array
+
+Blocks = tuple[tuple[int, int, int], ...]
+"""(begin, end, keys) of each block of queries [begin, end), which sees the first `keys` keys."""
 
 BLOCK, MOST_BLOCKS = 64, 8
 """Queries of a block of attention at least, and blocks at most (twice as fast as all at once on CPU, 208 to 736 tokens)."""
@@ -56,54 +60,66 @@ def attention(
     """
     batch, length, heads, width = q.shape
     grouped = jnp.moveaxis((q * width**-0.5).reshape(batch, length, k.shape[1], -1, width), 1, 3)
-    q, k, v = keep(grouped), keep(k), keep(v)
-    if lead is None:
-        out = _softmax_product(q, k, v, bias)
-    else:
-        masks = ((begin, end, None if bias is None else bias[:, :, begin:end, :end]) for begin, end in _blocks(length, lead))
-        outs = [_softmax_product(q[:, :, :, begin:end], k[:, :, :end], v[:, :, :end], mask) for begin, end, mask in masks]
-        out = jnp.concatenate(outs, axis=3)
+    out: Any = _attend(_blocks(length, k.shape[2], lead), keep(grouped), keep(k), keep(v), bias)
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width)
 
 
-def _blocks(length: int, lead: int) -> list[tuple[int, int]]:
-    """Queries [begin, end) of each block: few, but small enough that its scores stay in a core's cache."""
+def _blocks(length: int, slots: int, lead: int | None) -> Blocks:
+    """Blocks of queries: few, but small enough that the scores of one stay in a core's cache; all at once where lead is None."""
+    if lead is None:
+        return ((0, length, slots),)
     size = BLOCK * max(1, -(-length // (BLOCK * MOST_BLOCKS)))
     edges = [0, *range(-(-(lead + 1) // size) * size, length, size), length]
-    return list(pairwise(edges))
+    return tuple((begin, end, end) for begin, end in pairwise(edges))
 
 
-@jax.custom_vjp
-def _softmax_product(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], bias: Any) -> Array:
-    return _softmax_product_forward(q, k, v, bias)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(blocks: Blocks, q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], bias: Any) -> Array:
+    return _attend_forward(blocks, q, k, v, bias)[0]
 
 
-def _softmax_product_forward(q: Array, k: Array, v: Array, bias: Any) -> tuple[Array, tuple]:
-    scores = _scores(q, k, bias)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = keep((_batched(weights.astype(v.dtype), v, 2) / total).astype(v.dtype))
-    return out, (q, k, v, bias, out, keep(top + jnp.log(total)))
+def _attend_forward(blocks: Blocks, q: Array, k: Array, v: Array, bias: Any) -> tuple[Array, tuple]:
+    outs, normalisers = [], []
+    for block in blocks:
+        own, keys, values, mask = _cut(block, q, k, v, bias)
+        scores = _scores(own, keys, mask)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        outs.append((_batched(weights.astype(v.dtype), values, 2) / total).astype(v.dtype))
+        normalisers.append(top + jnp.log(total))
+    out = keep(jnp.concatenate(outs, axis=3))
+    return out, (q, k, v, bias, out, keep(jnp.concatenate(normalisers, axis=3)))
 
 
-def _softmax_product_backward(kept: tuple, g: Array) -> tuple:
+def _attend_backward(blocks: Blocks, kept: tuple, g: Array) -> tuple:
     """Gradients from the kept log-normaliser: the weights w once more, then d scores = w (g v - sum_h g out)."""
     q, k, v, bias, out, normaliser = kept
-    weights = jnp.exp(_scores(q, k, bias) - normaliser)
     share = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    scores = weights * (_batched(g, v, 3) - share)
-    narrow = scores.astype(q.dtype)
-    own = None if bias is None else jnp.sum(scores, axis=(1, 2))[:, None]
-    return (
-        _batched(narrow, k, 2).astype(q.dtype),
-        _pooled(narrow, q).astype(k.dtype),
-        _pooled(weights.astype(g.dtype), g).astype(v.dtype),
-        own,
-    )
+    of_queries, of_keys, of_values, of_bias = [], [], [], []
+    for block in blocks:
+        begin, end, seen = block
+        own, keys, values, mask = _cut(block, q, k, v, bias)
+        pull, unseen = g[:, :, :, begin:end], (0, k.shape[2] - seen)
+        weights = jnp.exp(_scores(own, keys, mask) - normaliser[:, :, :, begin:end])
+        scores = weights * (_batched(pull, values, 3) - share[:, :, :, begin:end])
+        narrow = scores.astype(q.dtype)
+        of_queries.append(_batched(narrow, keys, 2).astype(q.dtype))
+        of_keys.append(jnp.pad(_pooled(narrow, own), ((0, 0), (0, 0), unseen, (0, 0))))
+        of_values.append(jnp.pad(_pooled(weights.astype(g.dtype), pull), ((0, 0), (0, 0), unseen, (0, 0))))
+        if bias is not None:
+            of_bias.append(jnp.pad(jnp.sum(scores, axis=(1, 2))[:, None], ((0, 0), (0, 0), (0, 0), unseen)))
+    of_mask = None if bias is None else jnp.concatenate(of_bias, axis=2)
+    to_keys, to_values = reduce(jnp.add, of_keys).astype(k.dtype), reduce(jnp.add, of_values).astype(v.dtype)
+    return jnp.concatenate(of_queries, axis=3), to_keys, to_values, of_mask
 
 
-_softmax_product.defvjp(_softmax_product_forward, _softmax_product_backward)
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _cut(block: tuple[int, int, int], q: Array, k: Array, v: Array, bias: Any) -> tuple[Array, Array, Array, Any]:
+    begin, end, seen = block
+    return q[:, :, :, begin:end], k[:, :, :seen], v[:, :, :seen], None if bias is None else bias[:, :, begin:end, :seen]
 
 
 def _scores(q: Array, k: Array, bias: Any) -> Float[Array, "B K G T S"]:
