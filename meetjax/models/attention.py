@@ -18,8 +18,8 @@ from meetjax.models.layout import MASKED, Layout
 from meetjax.models.splash import splash_attention
 from meetjax.types import Array
 
-Blocks = tuple[tuple[int, int, int], ...]
-"""(begin, end, keys) of each block of queries [begin, end), which sees the first `keys` keys."""
+Blocks = tuple[tuple[int, int], ...]
+"""[begin, end) of each block of queries."""
 
 BLOCK, MOST_BLOCKS = 64, 8
 """Queries of a block of attention at least, and blocks at most (twice as fast as all at once on CPU, 208 to 736 tokens)."""
@@ -60,17 +60,17 @@ def attention(
     """
     batch, length, heads, width = q.shape
     grouped = jnp.moveaxis((q * width**-0.5).reshape(batch, length, k.shape[1], -1, width), 1, 3)
-    out: Any = _attend(_blocks(length, k.shape[2], lead), keep(grouped), keep(k), keep(v), bias)
+    out: Any = _attend(_blocks(length, lead), keep(grouped), keep(k), keep(v), bias)
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width)
 
 
-def _blocks(length: int, slots: int, lead: int | None) -> Blocks:
+def _blocks(length: int, lead: int | None) -> Blocks:
     """Blocks of queries: few, but small enough that the scores of one stay in a core's cache; all at once where lead is None."""
     if lead is None:
-        return ((0, length, slots),)
+        return ((0, length),)
     size = BLOCK * max(1, -(-length // (BLOCK * MOST_BLOCKS)))
     edges = [0, *range(-(-(lead + 1) // size) * size, length, size), length]
-    return tuple((begin, end, end) for begin, end in pairwise(edges))
+    return tuple(pairwise(edges))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -98,9 +98,9 @@ def _attend_backward(blocks: Blocks, kept: tuple, g: Array) -> tuple:
     share = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     of_queries, of_keys, of_values, of_bias = [], [], [], []
     for block in blocks:
-        begin, end, seen = block
+        begin, end = block
         own, keys, values, mask = _cut(block, q, k, v, bias)
-        pull, unseen = g[:, :, :, begin:end], (0, k.shape[2] - seen)
+        pull, unseen = g[:, :, :, begin:end], (0, k.shape[2] - keys.shape[2])
         weights = jnp.exp(_scores(own, keys, mask) - normaliser[:, :, :, begin:end])
         scores = weights * (_batched(pull, values, 3) - share[:, :, :, begin:end])
         narrow = scores.astype(q.dtype)
@@ -117,8 +117,10 @@ def _attend_backward(blocks: Blocks, kept: tuple, g: Array) -> tuple:
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _cut(block: tuple[int, int, int], q: Array, k: Array, v: Array, bias: Any) -> tuple[Array, Array, Array, Any]:
-    begin, end, seen = block
+def _cut(block: tuple[int, int], q: Array, k: Array, v: Array, bias: Any) -> tuple[Array, Array, Array, Any]:
+    """A block's queries, the keys and values that it sees, and its part of the bias: the queries are those of the last keys."""
+    begin, end = block
+    seen = end + k.shape[2] - q.shape[3]
     return q[:, :, :, begin:end], k[:, :, :seen], v[:, :, :seen], None if bias is None else bias[:, :, begin:end, :seen]
 
 
