@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from meetjax.models.attention import _blocks, attention
+from meetjax.models.attention import _blocks, _cut, attention
 from meetjax.models.bits import held, keep, to_bits
 from meetjax.models.decoder import apply
 from meetjax.models.layers import FEW, lora_deltas
@@ -110,7 +110,13 @@ def test_blocks_of_attention_leave_nothing_out():
         blocks = _blocks(length, lead)
         assert [place for block in blocks for place in range(*block)] == list(range(length)) and len(blocks) <= 9
         assert blocks[0][1] >= min(lead + 1, length)
-    assert _blocks(3, None) == ((0, 3),)
+        assert all(_seen(block, length, length) == block[1] for block in blocks)
+    assert _blocks(3, None) == ((0, 3),) and _seen((0, 3), 3, 10) == 10
+
+
+def _seen(block, length, slots):
+    q, k = jnp.zeros((1, 1, 1, length, 1)), jnp.zeros((1, 1, slots, 1))
+    return _cut(block, q, k, k, None)[1].shape[2]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
